@@ -383,7 +383,7 @@ def predict(model, tokens, precision, description="predicting"):
     device = tokens.ids.device
     model.eval()
     # Enough tokens to keep the device busy; more would only put more lengths, hence more padding, into a batch.
-    batches = data.prediction_batches(tokens.lengths, 8192 if device.type == "cuda" else 2048)
+    batches = data.prediction_batches(tokens.lengths, 8192 if device.type == "cuda" else 1024)
     batches = batches[dist.get_rank() :: dist.get_world_size()]
     logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
     progress = progress_bar(sum(map(len, batches)), description)
