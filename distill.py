@@ -45,8 +45,8 @@ DEMO = {
     "student_layers": 2,
     "dataset_id": "demo",
     "test_split": "test",
-    "teacher_epochs": 3,
-    "epochs": 6,
+    "teacher_epochs": 2,
+    "epochs": 5,
     "batch_size": 32,
     "learning_rate": 1e-4,
 }
@@ -197,6 +197,9 @@ def process_group():
 def choose_device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
@@ -546,6 +549,7 @@ class Metrics:
         self.file = self.board = None
         if not on_main_rank():
             return
+        os.makedirs(folder, exist_ok=True)
         self.file = open(os.path.join(folder, "metrics.jsonl"), "w", encoding="utf-8", buffering=1)
         self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
         if report_to == "tensorboard":
@@ -715,11 +719,11 @@ def soft_labels(teacher, teacher_logits, part, rows, precision):
         return forward(model, inputs).float()
 
 
-def train(args, stage, folder, model, tokenizer, tokens, labels, teacher_logits, checkpoint, teacher=None):
-    """Train a model by distillation_loss; keep its best epoch, by accuracy on eval, in `folder` and in the model.
+def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpoint, teacher=None):
+    """Train a model by distillation_loss; keep its best epoch, by accuracy on eval, in output_dir and in the model.
 
     Args:
-        args: the command line; its epochs, learning_rate, alpha and temperature are this training's.
+        args: the command line; its epochs, learning_rate, alpha, temperature and output_dir are this training's.
         stage: "teacher" or "student", to tell whose training a checkpoint belongs to.
         tokens, labels, teacher_logits: by role, on the device. Without teacher_logits["train"] there is no soft term,
             unless teacher = (model, its training tokens) is to answer in every step.
@@ -741,7 +745,7 @@ def train(args, stage, folder, model, tokenizer, tokens, labels, teacher_logits,
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     torch.manual_seed(args.seed + rank)  # each rank draws its own dropout
     progress = restore(checkpoint, stage, model, optimizer, scaler, device)
-    metrics = Metrics(folder, args.report_to, progress)
+    metrics = Metrics(args.output_dir, args.report_to, progress)
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
     if world_size > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
@@ -811,7 +815,7 @@ def train(args, stage, folder, model, tokenizer, tokens, labels, teacher_logits,
             weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             progress.best = {"epoch": epoch + 1, "scores": scores, "weights": weights}
             if on_main_rank():
-                save_model(folder, model, tokenizer)
+                save_model(args.output_dir, model, tokenizer)
         progress.epoch, progress.batch = epoch + 1, 0
         progress.seconds = time.perf_counter() - start
         save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
@@ -819,7 +823,7 @@ def train(args, stage, folder, model, tokenizer, tokens, labels, teacher_logits,
 
     model.load_state_dict(progress.best["weights"])
     if on_main_rank():  # once more: a run that continues on a new machine may find the folder empty
-        save_model(folder, model, tokenizer)
+        save_model(args.output_dir, model, tokenizer)
     return progress
 
 
@@ -830,8 +834,9 @@ def train(args, stage, folder, model, tokenizer, tokens, labels, teacher_logits,
 def fine_tune_teacher(args, task, tokens, labels, checkpoint):
     """Train the teacher on the true labels alone, or take it from its folder if the same training has left it there."""
     folder = os.path.join(args.checkpoint_dir, "teacher")
-    args = argparse.Namespace(**vars(args))
+    args = argparse.Namespace(**vars(args))  # a copy, with the teacher's values
     args.epochs, args.learning_rate, args.alpha = args.teacher_epochs, args.teacher_learning_rate, 1.0
+    args.output_dir = folder
     names = ("epochs", "learning_rate", "batch_size", "weight_decay", "warmup_ratio", "max_grad_norm", "seed")
     key = {
         **{name: getattr(args, name) for name in (*names, "precision", "compile")},
@@ -843,8 +848,7 @@ def fine_tune_teacher(args, task, tokens, labels, checkpoint):
     if from_rank0(lambda: read_json(key_file) == key):
         say(f"teacher: fine-tuned already, in {folder}")
         return from_rank0(lambda: load_model(folder)[0])
-    os.makedirs(folder, exist_ok=True)
-    train(args, "teacher", folder, task.teacher, task.teacher_tokenizer, tokens, labels, {}, checkpoint)
+    train(args, "teacher", task.teacher, task.teacher_tokenizer, tokens, labels, {}, checkpoint)
     if on_main_rank():
         write_json(key_file, key)  # last: it says that the folder is complete
     return task.teacher
@@ -895,7 +899,8 @@ def report_teacher(scores, labels, class_names):
     """Print how good the teacher is, and warn if it has learnt nothing about this data."""
     counts = torch.bincount(labels, minlength=len(class_names))
     commonest = counts.max().item() / len(labels)
-    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; always '{class_names[counts.argmax()]}': {commonest:.4f}")
+    always = f"always answering '{class_names[counts.argmax()]}' gives {commonest:.4f}"
+    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; {always}")
     if scores["accuracy"] <= commonest:
         say("warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)")
 
@@ -906,7 +911,8 @@ def report_teacher(scores, labels, class_names):
 
 def summarize(args, task, scores, seconds, parameters, device):
     """What goes into results.json."""
-    names = {"teacher": args.teacher_id, "student": args.output_dir}
+    teacher = os.path.join(args.checkpoint_dir, "teacher") if args.teacher_epochs else args.teacher_id
+    names = {"teacher": teacher, "student": args.output_dir}
     return {
         **{
             who: {
@@ -919,9 +925,8 @@ def summarize(args, task, scores, seconds, parameters, device):
         "seconds": seconds,
         "classes": task.class_names,
         "examples": {role: len(labels) for role, labels in task.labels.items()},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "huggingface_hub")},
         "arguments": vars(args),
@@ -940,9 +945,7 @@ def print_table(results):
         cells = ["" if cell is None else f"{cell:.4f}" for cell in cells]
         cells = [who, f"{row['parameters']:,}", *cells, f"{seconds:.1f}"]
         say("  ".join(f"{cell:>14}" for cell in cells))
-    say(
-        "agreement: share of examples answered as the teacher does; seconds: labelling for the teacher, else training\n"
-    )
+    say("agreement: share of answers like the teacher's; seconds: the teacher's labelling, the student's training\n")
 
 
 def write_model_card(args, results):
@@ -1106,19 +1109,9 @@ def run(args):
             torch.cuda.empty_cache()
 
     # 3. The student.
-    progress = train(
-        args,
-        "student",
-        args.output_dir,
-        student,
-        task.student_tokenizer,
-        tokens,
-        labels,
-        teacher_logits,
-        checkpoint,
-        live_teacher,
-    )
-    seconds["training"] = progress.seconds
+    seconds["training"] = train(
+        args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher
+    ).seconds
 
     # 4. What was saved is what counts: load it again, as a user will, and score that.
     saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import weakref
 
 import datasets
 import huggingface_hub
@@ -32,7 +34,7 @@ def same_weights(one, other):
 
 
 def nearly_same_weights(one, other):
-    """Equal but for rounding. Softmax ignores the key's bias: its gradient is nothing but rounding, blown up by Adam."""
+    """Equal but for rounding. Softmax ignores a key's bias: its gradient is nothing but rounding, blown up by Adam."""
     one, other = weights(one), weights(other)
     return all(torch.allclose(one[name], other[name], atol=3e-4) for name in one if not name.endswith("key.bias"))
 
@@ -40,6 +42,13 @@ def nearly_same_weights(one, other):
 def results(folder):
     with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
         return json.load(file)
+
+
+def metrics(folder):
+    """The rows of metrics.jsonl, without their speed."""
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows]
 
 
 @pytest.fixture
@@ -400,6 +409,24 @@ def test_teacher_is_fine_tuned_first_and_gives_the_student_its_layers(command, c
     assert "fine-tuned already" not in capsys.readouterr().out
 
 
+def test_the_teachers_memory_is_freed_before_the_student_trains(command, monkeypatch):
+    teachers, alive = [], []
+    predict, step = distill.predict, distill.training_step
+
+    def watched_predict(model, *args):
+        teachers.append(weakref.ref(model))
+        return predict(model, *args)
+
+    def watched_step(*args):
+        alive.append(teachers[0]() is not None)
+        return step(*args)
+
+    monkeypatch.setattr(distill, "predict", watched_predict)
+    monkeypatch.setattr(distill, "training_step", watched_step)
+    run(command("run", epochs=1))
+    assert not any(alive)
+
+
 def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
     folder = save_tiny("useless")
     constant = weights(folder)
@@ -698,29 +725,19 @@ def with_dropout(command, save_tiny):
     return lambda output: command(output, **flags)
 
 
-def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout):
-    undisturbed = with_dropout("undisturbed")
-    assert start(undisturbed).returncode == 0
+def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout, capsys):
+    undisturbed = run(with_dropout("undisturbed"))
     for moment, line in MOMENTS.items():
         arguments = with_dropout(moment.replace(" ", "_"))
         killed = start(arguments, DIE.replace("MOMENT", line))
-        assert killed.returncode == -9, (moment, killed.stderr)
-        again = start(arguments)
-        assert again.returncode == 0, (moment, again.stderr)
-        if moment != "labelling":
-            assert "continuing the " in again.stdout, moment
-        for folder in ("", "teacher"):
-            ours, theirs = [os.path.join(output_of(words), folder) for words in (undisturbed, arguments)]
-            assert same_weights(ours, theirs), moment
-            rows = [
-                [
-                    {name: value for name, value in json.loads(line).items() if name != "examples_per_second"}
-                    for line in open(path)
-                ]
-                for path in (f"{ours}/metrics.jsonl", f"{theirs}/metrics.jsonl")
-            ]
-            assert rows[0] == rows[1], moment
-        assert not os.path.exists(f"{output_of(arguments)}/checkpoint.pt")
+        assert killed.returncode == -signal.SIGKILL, (moment, killed.stderr)
+        capsys.readouterr()
+        folder = run(arguments)
+        assert "continuing the " in capsys.readouterr().out or moment == "labelling", moment
+        assert not os.path.exists(f"{folder}/checkpoint.pt")
+        for part in (".", "teacher"):
+            assert same_weights(f"{undisturbed}/{part}", f"{folder}/{part}"), moment
+            assert metrics(f"{undisturbed}/{part}") == metrics(f"{folder}/{part}"), moment
 
 
 def test_checkpoints_that_cannot_be_continued(command, capsys, monkeypatch):
@@ -774,10 +791,7 @@ def test_two_ranks_train_like_one(command, tmp_path):
     # Adam would hide a gradient of the wrong size, so compare the gradients too. Both ranks record, hence [::2].
     norms = [[float(line) for line in open(f"{output_of(words)}/norms")] for words in (one, two)]
     assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1][::2], rel=1e-3)
-    losses = [
-        [row["loss"] for row in map(json.loads, open(f"{output_of(words)}/metrics.jsonl")) if "loss" in row]
-        for words in (one, two)
-    ]
+    losses = [[row["loss"] for row in metrics(output_of(words)) if "loss" in row] for words in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
