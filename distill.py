@@ -18,7 +18,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 
 import datasets
 import huggingface_hub
@@ -298,8 +297,13 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
             f"cannot load {model_id}: {data.first_line(error)} "
             "(give a local folder, or try --demo, if the Hugging Face Hub cannot be reached)"
         ) from error
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer of {model_id} has no padding token")
+    # Without a vocabulary file transformers makes up a tokenizer that knows nothing but [UNK] and its like.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer of {model_id} knows more tokens than the model: they do not belong together")
 
     lost = [name for name in report["missing_keys"] if name.startswith(model.base_model_prefix + ".")]
     if lost:
@@ -928,7 +932,9 @@ def summarize(args, task, scores, seconds, parameters, device):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "huggingface_hub")},
+        "versions": {
+            module.__name__: module.__version__ for module in (torch, transformers, datasets, huggingface_hub)
+        },
         "arguments": vars(args),
     }
 

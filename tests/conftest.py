@@ -55,7 +55,7 @@ def save_tiny(tmp_path, tokenizer):
 
     def save(name, model_type="bert", seed=0, classes=("negative", "positive"), tokenizer=tokenizer, **changes):
         folder = str(tmp_path / name)
-        config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **{**TINY, **changes})
+        config = AutoConfig.for_model(model_type, **{**TINY, "vocab_size": len(tokenizer), **changes})
         config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config)

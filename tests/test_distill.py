@@ -25,7 +25,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def weights(folder):
-    return safetensors.torch.load_file(os.path.join(folder, "model.safetensors"))
+    tensors = safetensors.torch.load_file(os.path.join(folder, "model.safetensors"))
+    # transformers 5.3 gives LayerNorm its TensorFlow names when it saves a model that it has loaded.
+    new_names = {name: name.replace("LayerNorm.gamma", "LayerNorm.weight") for name in tensors}
+    return {new_names[name].replace("LayerNorm.beta", "LayerNorm.bias"): tensors[name] for name in tensors}
 
 
 def same_weights(one, other):
@@ -264,6 +267,12 @@ def test_layers_classes_and_errors(save_tiny):
         distill.load_model(folder, layers=5)
     with pytest.raises(UserError, match="no such folder"):
         distill.load_model("./nowhere")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(f"{folder}/{name}")
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        distill.load_model(folder)
+    with pytest.raises(UserError, match="do not belong together"):
+        distill.load_model(save_tiny("small", vocab_size=1000))
 
 
 def test_weights_are_float32_whatever_the_file_holds(save_tiny, tmp_path):
