@@ -118,23 +118,26 @@ def read_split(dataset_id, dataset_config, split_name):
         return datasets.load_dataset(path, dataset_config, split=split_name)
     except ConnectionError as error:
         raise UserError(
-            f"the Hugging Face Hub cannot be reached for {dataset_id} ({first_line(error)}): "
+            f"the Hugging Face Hub cannot be reached for {dataset_id} ({one_line(error)}): "
             "give a local folder or file as --dataset_id, or try --demo, which needs no Hub"
         ) from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error
         while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
             cause = cause.__cause__
-        reason = first_line(cause)
+        reason = one_line(cause)
         if "no data" in reason:
             reason = "it is empty"
+        elif "onfig name" in reason:
+            reason += "; name it by --dataset_config"
         elif "split" in reason:
             reason += "; name the splits by --train_split and --eval_split, slices such as 'train[:90%]' included"
         raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {reason}") from error
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error):
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " …"
 
 
 def find_text_columns(table, label_column):
@@ -183,10 +186,9 @@ def check_labels(table, label_column, where):
         raise UserError(
             f"{where} has labels of -1, which mean 'hidden' (as in GLUE's test splits): use a labelled split"
         )
-    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type) or pa.types.is_string(column.type)):
-        column = column.cast(pa.string()) if pa.types.is_large_string(column.type) else None
-    if column is None:
-        raise UserError(f"the labels in {where} are neither integers nor strings: name the right one by --label_column")
+    is_class = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    if not any(test(column.type) for test in is_class):
+        raise UserError(f"the labels in {where} are {column.type}, not integers or strings: use --label_column")
     return column.cast(pa.string())
 
 
@@ -289,12 +291,14 @@ def is_generic(names):
 
 
 def same_tokenizer(first, second, split):
-    """Whether two tokenizers have one vocabulary and give the same ids for a thousand of the split's real texts."""
+    """Whether two tokenizers have one vocabulary and give the same tokens for a thousand of the split's real texts."""
     if first.get_vocab() != second.get_vocab():
         return False
     rows = np.linspace(0, len(split) - 1, min(len(split), 1000)).astype(int)
     texts = split.texts[rows].values()
-    return first(*texts)["input_ids"] == second(*texts)["input_ids"]
+    ours, theirs = first(*texts), second(*texts)
+    same_types = len(texts) == 1 or ours.get("token_type_ids") == theirs.get("token_type_ids")
+    return ours["input_ids"] == theirs["input_ids"] and same_types
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,18 +334,17 @@ class Tokens:
         # One transfer for all batches: a transfer in every step would make the host wait for the device.
         on_device = torch.cat(rows_of_batches).to(self.ids.device).split([len(rows) for rows in rows_of_batches])
         for rows, device_rows in zip(rows_of_batches, on_device, strict=True):
-            lengths = self.lengths[rows]
-            longest = int(lengths.max())
-            yield device_rows, self.gather(device_rows, longest, padded=int(lengths.min()) < longest)
+            yield device_rows, self.gather(device_rows, self.lengths[rows])
 
-    def gather(self, rows, longest, padded):
-        """Cut rows out of the flat arrays and pad them on the right, without a loop over examples."""
+    def gather(self, rows, lengths):
+        """Cut rows (on the device) out of the flat arrays and pad them on the right, without a loop over examples."""
+        longest = int(lengths.max())
         starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
         positions = starts + torch.arange(longest, device=rows.device)  # [B, L]
         inside = positions < ends
         positions = positions.where(inside, 0)  # any valid position: what stands there is replaced by padding
         inputs = {"input_ids": self.ids[positions].long().where(inside, self.pad_id)}
-        if padded:
+        if lengths.min() < longest:
             inputs["attention_mask"] = inside
         if self.type_ids is not None:
             inputs["token_type_ids"] = self.type_ids[positions].long().where(inside, 0)

@@ -14,9 +14,11 @@ import inspect
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field, replace
 
 import datasets
@@ -51,11 +53,18 @@ DEMO = {
 }
 
 
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: …)" to a flag's help, unless the default is None, which says nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv=None):
     """The command line as a namespace. What is wrong with it ends the program: one line on stderr, exit code 2."""
     parser = argparse.ArgumentParser(
         description="Distil a large fine-tuned text classifier into a small one.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
         allow_abbrev=False,
     )
     parser.error = fail
@@ -107,6 +116,7 @@ def parse_args(argv=None):
     add("--save_steps", type=at_least(int, 0), default=0, help="checkpoint every N steps too, not only every epoch")
     add("--report_to", choices=("none", "tensorboard"), default="none", help="besides metrics.jsonl")
     add("--hub_model_id", help="push the finished student there; the token comes from HF_TOKEN or the login")
+    add("--hf_token_secret", help="in a job on AWS: the Secrets Manager secret that holds the token, as plain text")
 
     args = parser.parse_args(argv)
     if args.demo:
@@ -128,7 +138,7 @@ def true_or_false(text):
 def at_least(kind, minimum):
     def parse(text):
         value = kind(text)
-        if not minimum <= value < math.inf:
+        if not minimum <= value < 2**63:  # neither NaN nor infinity nor more than torch can take
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
         return value
 
@@ -189,6 +199,13 @@ def process_group():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
+    except Exception:
+        if dist.get_world_size() > 1:
+            # This rank alone has failed. Leaving in good order would wait for the others, who wait for this one;
+            # torchrun ends them once it is gone.
+            traceback.print_exc()
+            os._exit(1)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -292,11 +309,9 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"cannot load {model_id}: {data.first_line(error)} "
-            "(give a local folder, or try --demo, if the Hugging Face Hub cannot be reached)"
-        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        way_on = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
+        raise UserError(f"cannot load {model_id}: {data.one_line(error)}{way_on}") from error
     # Without a vocabulary file transformers makes up a tokenizer that knows nothing but [UNK] and its like.
     if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.pad_token_id is None:
         raise UserError(
@@ -305,14 +320,23 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {model_id} knows more tokens than the model: they do not belong together")
 
-    lost = [name for name in report["missing_keys"] if name.startswith(model.base_model_prefix + ".")]
+    base = model.base_model_prefix + "."
+    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(base))
+    if misfits:
+        raise UserError(f"the weights of {model_id} do not fit its config.json: {misfits[0]}")
+    # A new head is what a model to be trained may need; anything else that is missing is worth a warning.
+    lost = sorted(name for name in report["missing_keys"] if class_names is None or name.startswith(base))
     if lost:
-        say(f"warning: {model_id} lacks weights: {', '.join(sorted(lost)[:3])}{', …' * (len(lost) > 3)} are random now")
+        say(
+            f"warning: {model_id} lacks weights, which are random now: {', '.join(lost[:3])}{', …' * (len(lost) > 3)} "
+            "(not fine-tuned? see --teacher_epochs)"
+        )
     if class_names is not None:
         order = data.match_classes(names, class_names)
         if order is not None:
             reorder_classes(model, order, class_names)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
@@ -389,13 +413,14 @@ def predict(model, tokens, precision, description="predicting"):
     model.eval()
     # Enough tokens to keep the device busy; more would only put more lengths, hence more padding, into a batch.
     batches = data.prediction_batches(tokens.lengths, 8192 if device.type == "cuda" else 1024)
-    batches = batches[dist.get_rank() :: dist.get_world_size()]
+    world_size = dist.get_world_size()
+    batches = batches[dist.get_rank() :: world_size]
     logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
-    progress = progress_bar(sum(map(len, batches)), description)
+    progress = progress_bar(len(tokens), description)
     with autocast(device, precision), progress:
         for rows, inputs in tokens.batches(batches):
             logits[rows] = forward(model, inputs).float()
-            progress.update(len(rows))
+            progress.update(len(rows) * world_size)  # the other ranks are about as far
     dist.all_reduce(logits)  # every row is zero on all ranks but one
     return logits
 
@@ -426,12 +451,22 @@ def progress_bar(total, description):
 # The task: everything that rank 0 reads and the others receive
 
 
-def read_task(args):
-    """Read data and models and fit them to each other: a namespace of class_names, labels, teacher, student and tokens.
+@dataclass
+class Task:
+    """Data and models, fitted to each other. The dictionaries go by role: "train", "eval" and, if asked for, "test"."""
 
-    labels, teacher_tokens and student_tokens are dictionaries by role: "train", "eval" and, if asked for, "test".
-    Where both models read text alike, the two tokens are one and the same.
-    """
+    class_names: list
+    labels: dict  # role -> [N] int64
+    teacher: torch.nn.Module
+    teacher_tokenizer: transformers.PreTrainedTokenizerBase
+    teacher_tokens: dict  # role -> data.Tokens
+    student: torch.nn.Module
+    student_tokenizer: transformers.PreTrainedTokenizerBase
+    student_tokens: dict  # the same arrays as teacher_tokens where both models read text alike
+
+
+def read_task(args):
+    """Read data and models and check that they go together. Returns a Task; raises UserError."""
     split_names = {"train": args.train_split, "eval": args.eval_split}
     if args.test_split:
         split_names["test"] = args.test_split
@@ -459,7 +494,7 @@ def read_task(args):
         {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
         for tokenizer in tokenizers
     ]
-    return argparse.Namespace(
+    return Task(
         class_names=class_names,
         labels={role: split.labels for role, split in splits.items()},
         teacher=teacher,
@@ -525,6 +560,11 @@ def write_json(path, value):
         json.dump(value, file, indent=2)
 
 
+def remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
 def read_json(path):
     """What a file holds; None if there is no such file."""
     if not os.path.exists(path):
@@ -560,12 +600,14 @@ class Metrics:
             self.board = summary_writer()(os.path.join(folder, "runs"), purge_step=progress.step + 1)
 
     def write(self, row, step):
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
         self.rows.append(row)
         if self.file:
             self.file.write(json.dumps(row) + "\n")
         if self.board:
-            for name in row.keys() - {"step", "epoch"}:
-                self.board.add_scalar(name, row[name], step)
+            for name, value in row.items():
+                if name not in ("step", "epoch") and value is not None:
+                    self.board.add_scalar(name, value, step)
 
     def close(self):
         for writer in (self.file, self.board):
@@ -597,15 +639,27 @@ class Progress:
     metrics: list = field(default_factory=list)  # rows written so far
 
 
+@dataclass
+class Checkpoint:
+    path: str
+    identity: dict  # see identity_of
+    state: dict | None  # what to continue from
+
+
 # Flags in which two commands may differ and still do the same training.
-NOT_PART_OF_TRAINING = ("output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id")
+NOT_PART_OF_TRAINING = ("output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hf_token_secret")
 
 
-def identity_of(args, task):
-    """What must be the same for a checkpoint to be continued: the flags, the number of processes, and the data."""
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_PART_OF_TRAINING}
-    tokens = [tokens_digest(split) for split in task.student_tokens.values()]
-    return {**flags, "processes": dist.get_world_size(), "data": digest(task.labels.values(), " ".join(tokens))}
+def identity_of(args, task, device):
+    """What must be the same for a checkpoint to be continued: flags, machine, data and the weights to start from."""
+    return {
+        **{name: value for name, value in vars(args).items() if name not in NOT_PART_OF_TRAINING},
+        "processes": dist.get_world_size(),
+        "device": device.type,
+        "digest of the data": digest(task.labels.values(), " ".join(map(tokens_digest, task.student_tokens.values()))),
+        "digest of the teacher": model_digest(task.teacher),
+        "digest of the student": model_digest(task.student),
+    }
 
 
 def read_checkpoint(path, identity):
@@ -616,7 +670,7 @@ def read_checkpoint(path, identity):
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-        raise UserError(f"{path} is damaged ({data.first_line(error)}): delete it to start over") from error
+        raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
     differences = [
         f"{name} was {found.get(name)}, is {new}" for name, new in identity.items() if found.get(name) != new
     ]
@@ -719,8 +773,7 @@ def soft_labels(teacher, teacher_logits, part, rows, precision):
         return teacher_logits["train"][rows] if "train" in teacher_logits else None
     model, tokens = teacher
     with torch.no_grad(), autocast(rows.device, precision):
-        [(_, inputs)] = tokens.batches([part])
-        return forward(model, inputs).float()
+        return forward(model, tokens.gather(rows, tokens.lengths[part])).float()
 
 
 def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpoint, teacher=None):
@@ -731,7 +784,7 @@ def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpo
         stage: "teacher" or "student", to tell whose training a checkpoint belongs to.
         tokens, labels, teacher_logits: by role, on the device. Without teacher_logits["train"] there is no soft term,
             unless teacher = (model, its training tokens) is to answer in every step.
-        checkpoint: a namespace of path, identity, and the state to continue from or None.
+        checkpoint: the Checkpoint to continue from and to write.
 
     Returns:
         the Progress; its best["scores"] are what score() gave for the best epoch.
@@ -762,6 +815,7 @@ def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpo
         batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)[progress.batch :]
         parts = [whole[rank::world_size] for whole in batches]
         examples, logged_step, logged_time = 0, progress.step, time.perf_counter()
+        epoch_loss, first_step = 0.0, progress.step
         model.train()
         with progress_bar(sum(map(len, batches)), f"{stage}, epoch {epoch + 1}/{args.epochs}") as bar:
             for whole, part, (rows, inputs) in zip(batches, parts, tokens["train"].batches(parts), strict=True):
@@ -779,13 +833,15 @@ def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpo
                 examples += len(whole)
                 bar.update(len(whole))
 
-                save_now = args.save_steps > 0 and progress.step % args.save_steps == 0
-                if save_now or progress.step % LOG_STEPS == 0 or progress.batch == steps_per_epoch:
+                ended = progress.batch == steps_per_epoch  # its checkpoint follows the evaluation
+                save_now = args.save_steps > 0 and progress.step % args.save_steps == 0 and not ended
+                if save_now or ended or progress.step % LOG_STEPS == 0:
                     if bad_steps >= patience:
                         raise UserError(
                             f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
                         )
                     dist.all_reduce(losses)
+                    epoch_loss += losses[0].item()
                     total, hard, soft = (losses / (progress.step - logged_step)).tolist()
                     losses.zero_()
                     row = {
@@ -811,7 +867,7 @@ def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpo
         best = progress.best["scores"] if progress.best else None
         better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
         say(
-            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {total:.4f}; "
+            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {epoch_loss / (progress.step - first_step):.4f}; "
             + ", ".join(f"eval {name} {scores[name]:.4f}" for name in scores)
             + (" (best so far)" if better else "")
         )
@@ -846,15 +902,17 @@ def fine_tune_teacher(args, task, tokens, labels, checkpoint):
         **{name: getattr(args, name) for name in (*names, "precision", "compile")},
         "processes": dist.get_world_size(),
         "weights": model_digest(task.teacher),
-        "data": digest(labels.values(), " ".join(tokens_digest(tokens[role]) for role in ("train", "eval"))),
+        "data": [[digest([labels[role]]), tokens_digest(tokens[role])] for role in ("train", "eval")],
     }
     key_file = os.path.join(folder, "key.json")
     if from_rank0(lambda: read_json(key_file) == key):
         say(f"teacher: fine-tuned already, in {folder}")
         return from_rank0(lambda: load_model(folder)[0])
+    if on_main_rank():
+        remove(key_file)  # from here until it is written again, the folder holds no finished teacher
     train(args, "teacher", task.teacher, task.teacher_tokenizer, tokens, labels, {}, checkpoint)
     if on_main_rank():
-        write_json(key_file, key)  # last: it says that the folder is complete
+        write_json(key_file, key)
     return task.teacher
 
 
@@ -1019,7 +1077,7 @@ def hub_id(name, demo_name):
 
 
 MODEL_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
-NOT_MODEL_FILES = ["teacher/*", "teacher_logits.*", "runs/*"]
+NOT_MODEL_FILES = ["*/*", "teacher_logits.*"]  # subfolders: the teacher, TensorBoard's files
 
 
 def push(args):
@@ -1037,7 +1095,7 @@ def push(args):
     except Exception as error:  # whatever it is, hours of training must not end in a traceback
         excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_MODEL_FILES)
         return (
-            f"the student is safe in {args.output_dir}, but was not pushed ({data.first_line(error)}); "
+            f"the student is safe in {args.output_dir}, but was not pushed ({data.one_line(error)}); "
             f"push it later: hf upload {args.hub_model_id} {args.output_dir} {excluded}"
         )
     say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
@@ -1056,14 +1114,35 @@ def check_before_start(args):
         try:
             huggingface_hub.utils.validate_repo_id(args.hub_model_id)
         except ValueError as error:
-            raise UserError(f"--hub_model_id: {data.first_line(error)}") from error
+            raise UserError(f"--hub_model_id: {data.one_line(error)}") from error
+        if args.hf_token_secret:
+            os.environ["HF_TOKEN"] = read_secret(args.hf_token_secret)  # of this process, which pushes, and no other
         if huggingface_hub.get_token() is None:
             raise UserError("--hub_model_id needs a token: run 'hf auth login', or set HF_TOKEN")
+    for written in (args.output_dir, os.path.join(args.checkpoint_dir, "teacher")):
+        for read in (args.teacher_id, args.student_id):
+            if os.path.realpath(os.path.expanduser(read)) == os.path.realpath(written):
+                raise UserError(f"{read} would be overwritten: choose another --output_dir")
     try:
         for folder in (args.output_dir, args.checkpoint_dir):
             os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def read_secret(name):
+    """The text of an AWS Secrets Manager secret. Raises UserError where it cannot be read."""
+    import boto3  # only jobs on AWS need it
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        client = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # as SageMaker names it
+        return client.get_secret_value(SecretId=name)["SecretString"].strip()
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(
+            f"--hf_token_secret: cannot read {name} ({data.one_line(error)}): "
+            "allow secretsmanager:GetSecretValue on it to the job's role"
+        ) from error
 
 
 def check_batches(args, examples):
@@ -1084,9 +1163,8 @@ def run(args):
     # 1. Read: one rank reads data and models, all receive them; tokens and labels live on the device from here on.
     task = from_rank0(lambda: read_task(args))
     check_batches(args, len(task.labels["train"]))
-    checkpoint = argparse.Namespace(path=os.path.join(args.checkpoint_dir, "checkpoint.pt"))
-    checkpoint.identity = identity_of(args, task)
-    checkpoint.state = from_rank0(lambda: read_checkpoint(checkpoint.path, checkpoint.identity))
+    path, identity = os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity_of(args, task, device)
+    checkpoint = Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
     labels, teacher_tokens, tokens = [
         {role: split.to(device) for role, split in splits.items()}
         for splits in (task.labels, task.teacher_tokens, task.student_tokens)
@@ -1099,12 +1177,12 @@ def run(args):
         teacher = fine_tune_teacher(args, task, teacher_tokens, labels, checkpoint).to(device)
         if args.student_id == "teacher":
             student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
-    teacher.requires_grad_(False)
     labels_needed = args.alpha < 1
     live_teacher = (teacher, teacher_tokens["train"]) if labels_needed and not args.cache_teacher else None
     roles = [role for role in labels if role != "train" or (labels_needed and args.cache_teacher)]
     start = time.perf_counter()
     teacher_logits = label(args, teacher, teacher_tokens, roles)
+    teacher.requires_grad_(False)  # not before: autocast keeps its half-precision copies of trainable weights only
     seconds = {"labelling": time.perf_counter() - start}
     scored = [role for role in labels if role != "train"]
     teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in scored}
@@ -1136,8 +1214,7 @@ def finish(args, task, scores, seconds, parameters, device):
     results = summarize(args, task, scores, seconds, parameters, device)
     write_json(os.path.join(args.output_dir, "results.json"), results)
     write_model_card(args, results)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
+    remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
     failure = push(args) if args.hub_model_id else None
     print_table(results)
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))

@@ -288,7 +288,22 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     kept = {name: tensor for name, tensor in weights(folder).items() if "layer.1.output.dense" not in name}
     safetensors.torch.save_file(kept, f"{folder}/model.safetensors", {"format": "pt"})
     distill.load_model(folder)
-    assert re.search(r"warning: .* lacks weights: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
+    assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
+
+    headless = {name: tensor for name, tensor in weights(save_tiny("model")).items() if "classifier" not in name}
+    safetensors.torch.save_file(headless, f"{folder}/model.safetensors", {"format": "pt"})
+    distill.load_model(folder)
+    assert "lacks weights, which are random now: classifier.bias, classifier.weight (not f" in capsys.readouterr().out
+    distill.load_model(folder, ["negative", "positive"])  # to be trained: a new head is what it needs
+    assert capsys.readouterr().out == ""
+
+    misfits = weights(save_tiny("model"))
+    name = "bert.encoder.layer.0.intermediate.dense.bias"
+    misfits[name] = torch.zeros(3)
+    safetensors.torch.save_file(misfits, f"{folder}/model.safetensors", {"format": "pt"})
+    for class_names in (None, ["negative", "positive"]):
+        with pytest.raises(UserError):
+            distill.load_model(folder, class_names)
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------
@@ -400,7 +415,16 @@ def test_a_distilbert_student_of_a_bert_teacher_on_pairs(command, save_tiny, wri
     assert transformers.AutoConfig.from_pretrained(folder).model_type == "distilbert"
 
 
-def test_teacher_is_fine_tuned_first_and_gives_the_student_its_layers(command, capsys):
+def test_pairs_of_a_distilbert_teacher_keep_the_bert_students_token_types(save_tiny, tokenizer):
+    distilbert = transformers.DistilBertTokenizer.from_pretrained(data.demo_model())
+    pairs = datasets.Dataset.from_dict({"a": ["one two", "three"], "b": ["four", "five six"]})
+    split, single = data.Split(pairs, torch.zeros(2)), data.Split(pairs.select_columns("a"), torch.zeros(2))
+    has_types = "token_type_ids" in distilbert("a", "b")
+    assert data.same_tokenizer(distilbert, tokenizer, split) is has_types
+    assert data.same_tokenizer(distilbert, tokenizer, single)
+
+
+def test_teacher_is_fine_tuned_first_and_gives_the_student_its_layers(command, capsys, monkeypatch):
     flags = {"teacher_epochs": 2, "teacher_learning_rate": 1e-3, "student_id": "teacher", "student_layers": 1}
     folder = run(command("run", **flags, epochs=1, learning_rate=1e-12))
     teacher, student = weights(f"{folder}/teacher"), weights(folder)
@@ -415,8 +439,14 @@ def test_teacher_is_fine_tuned_first_and_gives_the_student_its_layers(command, c
     said = capsys.readouterr().out
     assert "teacher: fine-tuned already" in said and "teacher's labels for train" in said
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(f"{folder}/teacher").items())
-    run(command("run", **{**flags, "teacher_epochs": 1}, epochs=1))
+
+    # Another teacher's training is begun in the same folder and given up: the first is no longer there to be found.
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "save_checkpoint", lambda *args: distill.fail("stopped here"))
+        refused(command("run", **{**flags, "teacher_epochs": 1}, epochs=1), capsys)
+    run(command("run", **flags, epochs=1))
     assert "fine-tuned already" not in capsys.readouterr().out
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(f"{folder}/teacher").items())
 
 
 def test_the_teachers_memory_is_freed_before_the_student_trains(command, monkeypatch):
@@ -618,6 +648,11 @@ def test_data_errors_end_the_run_before_anything_is_written(command, capsys, wri
     assert os.listdir(output_of(arguments)) == []
 
 
+def test_the_output_does_not_overwrite_its_input(command, capsys):
+    arguments = command("student", student_id=output_of(command("student")))
+    assert "would be overwritten" in refused(arguments, capsys)
+
+
 # --- against a stand-in for the Hub, with the real clients ------------------------------------------------------------
 
 GLUE_README = """---
@@ -711,9 +746,12 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args: True):
+    # Die at the number-th call of owner.name for which counts() holds, after before().
     function, calls = getattr(owner, name), []
     def wrapper(*args, **kwargs):
         calls.extend([1] * counts(*args))
+        if not counts(*args):
+            return function(*args, **kwargs)
         if len(calls) == number:
             before(*args)
             die()
@@ -727,11 +765,15 @@ def half_a_file(state, path):
 MOMENT
 distill.main(sys.argv[1:])
 """
+# The teacher has 2 epochs of 7 steps, the student 3; a checkpoint every 2 steps and after each epoch.
 MOMENTS = {
     "fine-tuning the teacher": 'at_call("training_step", distill, 10)',
-    "labelling": 'at_call("predict", distill, 4)',
+    "labelling": 'at_call("predict", distill, 1, counts=lambda *args: args[3] == "teacher labels eval")',
     "within an epoch": 'at_call("training_step", distill, 14 + 11)',
-    "between a best epoch and its checkpoint": 'at_call("save_checkpoint", distill, 11)',
+    "evaluating an epoch": 'at_call("evaluate", distill, 2 + 2)',
+    "between a best epoch and its checkpoint": """at_call(
+        "save_checkpoint", distill, 1, counts=lambda *args: args[1] == "student" and args[2].epoch == 1
+    )""",
     "writing a checkpoint": 'at_call("save", torch, 13, half_a_file, lambda state, path: isinstance(path, str))',
     "after the last epoch": 'at_call("finish", distill, 1)',
 }
@@ -743,6 +785,15 @@ def with_dropout(command, save_tiny):
     teacher = save_tiny("dropout", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     flags = {"teacher_id": teacher, "student_id": "teacher", "student_layers": 1, "teacher_epochs": 2, "save_steps": 2}
     return lambda output: command(output, **flags)
+
+
+def test_a_checkpoint_of_every_step_can_be_continued(command, capsys):
+    """The last step of an epoch is the one that might fall between the epoch's two halves."""
+    undisturbed = run(command("undisturbed", save_steps=1))
+    arguments = command("killed", save_steps=1)
+    code = DIE.replace("MOMENT", 'at_call("evaluate", distill, 2)')
+    assert start(arguments, code).returncode == -signal.SIGKILL
+    assert same_weights(undisturbed, run(arguments))
 
 
 def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout, capsys):
@@ -760,7 +811,7 @@ def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout, caps
             assert metrics(f"{undisturbed}/{part}") == metrics(f"{folder}/{part}"), moment
 
 
-def test_checkpoints_that_cannot_be_continued(command, capsys, monkeypatch):
+def test_checkpoints_that_cannot_be_continued(command, save_tiny, capsys, monkeypatch):
     monkeypatch.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
     refused(command("run"), capsys)
     path = f"{output_of(command('run'))}/checkpoint.pt"
@@ -768,6 +819,9 @@ def test_checkpoints_that_cannot_be_continued(command, capsys, monkeypatch):
     line = refused(command("run", alpha=0.25, epochs=9), capsys)
     assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
     assert open(path, "rb").read() == untouched
+    teacher = command("run")[1]
+    save_tiny(os.path.basename(teacher), seed=99, num_hidden_layers=3, hidden_size=48)
+    assert "digest of the teacher was" in refused(command("run"), capsys)
     for damaged in (untouched[: len(untouched) // 2], b"", b"no checkpoint"):
         with open(path, "wb") as file:
             file.write(damaged)
@@ -795,22 +849,23 @@ distill.main()
 """
 
 
-def test_two_ranks_train_like_one(command, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_train_like_one(command, tmp_path, ranks):
     script = tmp_path / "record.py"
     script.write_text(RECORD_GRADIENTS)
-    one, two = command("one"), command("two")
-    for arguments, ranks in ((one, 1), (two, 2)):
-        finished = start(arguments, torchrun=ranks, script=str(script), PYTHONPATH=ROOT)
+    one, two = command("one"), command("several")
+    for arguments, processes in ((one, 1), (two, ranks)):
+        finished = start(arguments, torchrun=processes, script=str(script), PYTHONPATH=ROOT)
         assert finished.returncode == 0, finished.stderr
     assert len(re.findall("eval accuracy", finished.stdout)) == 1 + 3 + 1  # one rank speaks: teacher, epochs, table
     assert nearly_same_weights(output_of(one), output_of(two))
-    assert results(output_of(two))["processes"] == 2
+    assert results(output_of(two))["processes"] == ranks
     # Exactly the same evaluation: the same batches, each computed by one rank.
     teacher, its = results(output_of(one))["teacher"], results(output_of(two))["teacher"]
     assert teacher == its
-    # Adam would hide a gradient of the wrong size, so compare the gradients too. Both ranks record, hence [::2].
+    # Adam would hide a gradient of the wrong size, so compare the gradients too. Every rank records.
     norms = [[float(line) for line in open(f"{output_of(words)}/norms")] for words in (one, two)]
-    assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1][::2], rel=1e-3)
+    assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1][::ranks], rel=1e-3)
     losses = [[row["loss"] for row in metrics(output_of(words)) if "loss" in row] for words in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

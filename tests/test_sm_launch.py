@@ -138,7 +138,7 @@ def request_model():
 def test_the_request_obeys_the_services_own_model(aws, argv):
     request = aws(*shlex.split(argv))
     assert list(violations(request_model(), request)) == []
-    assert request["RoleArn"] == ROLE
+    assert request["RoleArn"] == ROLE and request["StoppingCondition"]["MaxRuntimeInSeconds"] > 0
 
 
 def test_the_check_above_can_fail():
@@ -521,22 +521,23 @@ class Node:
         (folder / "inputdataconfig.json").write_text(json.dumps(channels))
         (folder / "hyperparameters.json").write_text(json.dumps(hyperparameters))
 
-    def start(self):
+    def __enter__(self):
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(self.command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
         return self
+
+    def __exit__(self, *exc_info):
+        """What a spot interruption comes to: every process that is still there is gone at once."""
+        if self.process.poll() is None:
+            container = psutil.Process(self.process.pid)
+            for process in [container, *container.children(recursive=True)]:
+                process.kill()
+            self.process.wait()
 
     def finish(self):
         code = self.process.wait(timeout=120)
         assert code == 0, self.log.read_text()
         return self.log.read_text()
-
-    def take_away(self):
-        """What a spot interruption comes to: every process of the job is gone at once."""
-        container = psutil.Process(self.process.pid)
-        for process in [container, *container.children(recursive=True)]:
-            process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
@@ -557,19 +558,26 @@ def reviews_in_s3(aws, reviews_folder):
     return "s3://reviews/small/"
 
 
+@pytest.fixture
+def moto_server():
+    """The same AWS by HTTP, for processes other than this one."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
 TINY_RUN = shlex.split(
     "--teacher_id tiny/teacher --student_id tiny/student --epochs 4 --batch_size 16 --precision fp32"
 )
 
 
-def test_the_job_runs_is_interrupted_resumes_and_pushes(aws, hub, reviews_in_s3, tmp_path, capsys):
+def test_the_job_runs_is_interrupted_resumes_and_pushes(aws, moto_server, hub, reviews_in_s3, tmp_path, capsys):
     """On a spot machine with two "GPUs"; the Hub's token comes from Secrets Manager, and is seen nowhere else."""
     boto3.client("secretsmanager").create_secret(Name="hub-token", SecretString=TOKEN)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
     env = {
         "HF_ENDPOINT": hub.url,
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+        "AWS_ENDPOINT_URL": moto_server,
         "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "job",
         "AWS_SECRET_ACCESS_KEY": "job",
@@ -586,19 +594,17 @@ def test_the_job_runs_is_interrupted_resumes_and_pushes(aws, hub, reviews_in_s3,
     ]
     command = ["--spot", "--train_data", reviews_in_s3, "--", *flags]
 
-    interrupted = Node(tmp_path / "machine", aws(*command), gpus=2, **env).start()
-    checkpoint = interrupted.opt_ml / "checkpoints/checkpoint.pt"
-    while not checkpoint.exists():
-        assert interrupted.process.poll() is None, interrupted.log.read_text()
-        time.sleep(0.05)
-    interrupted.take_away()
+    with Node(tmp_path / "machine", aws(*command), gpus=2, **env) as interrupted:
+        checkpoint = interrupted.opt_ml / "checkpoints/checkpoint.pt"
+        while not checkpoint.exists():
+            assert interrupted.process.poll() is None, interrupted.log.read_text()
+            time.sleep(0.05)
     assert checkpoint.exists() and not (interrupted.opt_ml / "model/results.json").exists()
 
     request = aws(*command)
     assert request["TrainingJobName"] != interrupted.name
-    node = Node(tmp_path / "machine", request, gpus=2, **env).start()
-    log = node.finish()
-    server.stop()
+    with Node(tmp_path / "machine", request, gpus=2, **env) as node:
+        log = node.finish()
     assert "continuing the student from" in log and "--nproc_per_node=2" in log
 
     model = node.opt_ml / "model"
@@ -626,11 +632,10 @@ def test_two_nodes_train_one_model(aws, hub, reviews_in_s3, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     hosts = ["algo-1", "algo-2"]
-    nodes = [
-        Node(tmp_path / host, request, 1, hosts, host, port, HF_ENDPOINT=hub.url, GLOO_SOCKET_IFNAME="lo").start()
-        for host in hosts
-    ]
-    first, second = [node.finish() for node in nodes]
+    env = {"HF_ENDPOINT": hub.url, "GLOO_SOCKET_IFNAME": "lo"}
+    nodes = [Node(tmp_path / host, request, 1, hosts, host, port, **env) for host in hosts]
+    with nodes[0], nodes[1]:
+        first, second = [node.finish() for node in nodes]
     assert "--nnodes=2" in first and "--node_rank=0" in first and "--node_rank=1" in second
     results = json.loads((nodes[0].opt_ml / "model/results.json").read_text())
     assert results["processes"] == 2

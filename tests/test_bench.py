@@ -1,0 +1,402 @@
+"""The benchmark: its sums against known values, its clock against known times, its runs from end to end."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub_standin import HubStandin
+
+import bench
+import data
+import distill
+from data import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_threads(monkeypatch):
+    """bench.main sets the number of threads for its process, which here is all tests'."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run("--flag", value, ...): bench.main in the test's own folder, on one thread, as briefly as it goes."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*arguments):
+        bench.main(["--device", "cpu", "--threads", "1", "--min_run_time", "0.001", *map(str, arguments)])
+
+    return main
+
+
+@pytest.fixture
+def fails(run, capsys):
+    """fails("--flag", value, ...): the one line with which bench.main ends, its exit code being 2."""
+
+    def message(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            run(*arguments)
+        output = capsys.readouterr()
+        assert exit.value.code == 2 and output.out == "" and output.err.count("\n") == 1
+        return output.err
+
+    return message
+
+
+# Size
+
+
+def test_parameters_are_those_counted_by_hand(save_tiny, tokenizer):
+    model, _ = distill.load_model(save_tiny("model", num_hidden_layers=3))
+    width, inner = 32, 64
+    embeddings = (len(tokenizer) + 64 + 2) * width  # words, positions, token types
+    norm = 2 * width
+    attention = 4 * (width * width + width) + norm
+    feed_forward = (width * inner + inner) + (inner * width + width) + norm
+    head = (width * width + width) + (width * 2 + 2)  # pooler, classifier
+    rest = norm + 3 * (attention + feed_forward) + head
+    assert bench.parameter_counts(model) == {"parameters": embeddings + rest, "without_embeddings": rest}
+
+
+def test_bytes_on_disk_are_those_of_the_files_that_are_loaded(save_tiny):
+    folder = Path(save_tiny("model"))
+    size = (folder / "model.safetensors").stat().st_size
+    (folder / "teacher_logits.safetensors").write_bytes(b"x" * 1000)
+    (folder / "pytorch_model.bin").write_bytes(b"x" * 100)  # transformers prefers the other
+    assert bench.disk_bytes(str(folder)) == size
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"x" * 10)
+    assert bench.disk_bytes(str(folder)) == size + 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_peak_memory_on_a_gpu_is_a_models_own(save_tiny):
+    models = [distill.load_model(save_tiny("model"))[0].cuda() for _ in range(2)]
+    weights = sum(tensor.nbytes for tensor in models[0].state_dict().values())
+    small, large = [
+        bench.memory_bytes(models[0], [{"input_ids": torch.ones(size, 32, dtype=torch.long, device="cuda")}])
+        for size in (1, 256)
+    ]
+    assert weights < small < large
+    assert small < 2 * weights  # the other model is not in it
+
+
+# Latency
+
+
+def test_the_clock_agrees_with_a_known_time():
+    times = bench.measure({"sleeper": lambda batch: time.sleep(batch)}, [0.05], min_run_time=0.3, threads=1)["sleeper"]
+    assert bench.describe(times)["p50_ms"] == pytest.approx(50, rel=0.1)
+    assert sum(times) >= 0.3
+
+
+def test_models_take_turns_on_the_same_batches():
+    seen = []
+    calls = {name: lambda batch, name=name: seen.append((name, batch)) for name in "AB"}
+    times = bench.measure(calls, [0, 1], min_run_time=1e-6, threads=1)
+    turns = [(name, batch) for batch in (0, 1) for name in "AB" for _ in range(3)]  # two to warm up, one on the clock
+    assert seen == turns * 3  # three times through both batches make at least MIN_CALLS calls
+    assert len(times["A"]) == len(times["B"]) == 6
+
+
+def test_the_clock_runs_without_gradients_on_the_threads_asked_for():
+    torch.set_num_threads(1)
+    seen = set()
+    calls = {"model": lambda batch: seen.add((torch.get_num_threads(), torch.is_inference_mode_enabled()))}
+    bench.measure(calls, [0], min_run_time=1e-6, threads=2)
+    assert seen == {(2, True)}
+
+
+@pytest.mark.parametrize("size", [10**15, None])
+def test_out_of_memory_ends_one_model_alone(size):
+    def fail(batch):
+        if size is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(size)
+
+    times = bench.measure({"large": fail, "small": lambda batch: None}, [0], min_run_time=1e-6, threads=1)
+    assert list(times) == ["small"]
+    assert bench.describe(times.get("large")) == {"error": "out of memory"}
+
+
+def test_other_errors_are_not_taken_for_out_of_memory():
+    with pytest.raises(RuntimeError, match="must match"):
+        bench.measure({"model": lambda batch: torch.ones(2) + torch.ones(3)}, [0], min_run_time=1e-6, threads=1)
+
+
+def test_percentiles():
+    told = bench.describe([second / 1000 for second in range(1, 102)])
+    assert told == pytest.approx({"calls": 101, "p25_ms": 26, "p50_ms": 51, "p75_ms": 76, "p90_ms": 91, "p99_ms": 100})
+    assert bench.describe([0.001] * 99)["p99_ms"] is None and bench.describe([0.001] * 9)["p90_ms"] is None
+
+
+def test_six_layers_take_about_three_times_as_long_as_two(save_tiny, tokenizer):
+    shape = {"hidden_size": 128, "intermediate_size": 512}
+    # Calls of 1 and 3 ms: longer ones a busy machine would interrupt, and the more of them the longer they are.
+    inputs = tokenizer(["a " * 64], truncation=True, max_length=64, return_tensors="pt")
+    calls = {}
+    for layers in (2, 6):
+        network, _ = distill.load_model(save_tiny(f"layers{layers}", num_hidden_layers=layers, **shape))
+        calls[layers] = lambda batch, network=network: network(**batch)
+    times = bench.measure(calls, [inputs], min_run_time=0.5, threads=1)
+    assert 1.5 < bench.describe(times[6])["p50_ms"] / bench.describe(times[2])["p50_ms"] < 5
+
+
+# Texts
+
+
+def test_texts_have_exactly_the_length_asked_for(save_tiny, tokenizer):
+    [columns] = bench.text_batches(None, 4, 17)
+    assert tokenizer(*columns, truncation=True, max_length=17, return_tensors="pt")["input_ids"].shape == (4, 17)
+
+
+def test_real_texts_are_the_same_whatever_the_batch_size(reviews_folder):
+    split = data.load_splits(reviews_folder)[0]["eval"]
+    ones, eights = [bench.text_batches(split, size, "real") for size in (1, 8)]
+    assert [len(columns[0]) for columns in eights] == [8] * (53 // 8)
+    flat = [[text for [column] in batches for text in column] for batches in (ones, eights)]
+    assert flat[0][: len(flat[1])] == flat[1]
+    assert sorted(flat[0]) == sorted(split.texts["text"])
+    with pytest.raises(UserError, match="only 53 examples"):
+        bench.text_batches(split, 64, "real")
+
+
+# Accuracy
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),  # Newcombe (1998), table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(hits, n, low, high):
+    assert bench.wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+    assert bench.wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "p"),
+    [(0, 0, 1), (3, 3, 1), (0, 6, 2 / 64), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 15, 43400 / 2**20)],
+)
+def test_mcnemar_gives_the_sign_tests_table(one, other, p):
+    assert bench.mcnemar(one, other) == pytest.approx(p, rel=1e-12)
+
+
+def test_mcnemar_nears_the_normal_distribution_for_many_examples():
+    # z = (|b − c| − 1) / √(b + c) = 199 / √20000: p = erfc(z / √2)
+    assert bench.mcnemar(9900, 10100) == pytest.approx(0.1594, abs=2e-4)
+
+
+def test_comparison_and_disagreements_by_hand(write_csv):
+    rows = [("a", "no"), ("b", "yes"), ("c", "yes"), ("d", "no"), ("e", "yes"), ("f", "no")]
+    split = data.load_splits(os.path.dirname(write_csv("set/train.csv", rows)), split_names={"train": "train"})[0][
+        "train"
+    ]
+    teacher = torch.tensor([[9.0, 0], [0, 9], [0, 9], [0, 9], [9, 0], [9, 0]])  # no yes yes YES NO no
+    student = torch.tensor([[9.0, 0], [9, 0], [0, 9], [2, 0], [0, 9], [9, 0]])  # no NO yes no yes no
+    scores = bench.compare(student, teacher, split.labels)
+    assert (scores["accuracy"], scores["agreement"]) == pytest.approx((5 / 6, 3 / 6))
+    assert (scores["alone_right"], scores["teacher_alone_right"], scores["mcnemar_p"]) == (2, 1, 1.0)
+    assert scores["accuracy_interval"] == bench.wilson(5, 6)
+    found = list(bench.disagreements(student, teacher, split, ["no", "yes"]))
+    assert [(row["text"], row["label"]) for row in found] == [("b", "yes"), ("d", "no"), ("e", "yes")]
+    assert found[1]["student_answer"] == "no" and found[1]["teacher_answer"] == "yes"
+    confidences = found[1]["student_confidence"], found[1]["teacher_confidence"]
+    assert confidences == pytest.approx((1 / (1 + 2.718281828**-2), 1 / (1 + 2.718281828**-9)))
+
+
+# Tables
+
+
+def test_pareto_front_marks_students_that_no_other_beats():
+    args = bench.parse_args(["--teacher_id", "t", "--student_id", "a,b,c,d,e", "--batch_sizes", "1", "--lengths", "8"])
+    figures = {"t": (1, 1.0), "a": (5, 0.9), "b": (6, 0.9), "c": (9, 0.95), "d": (7, 0.8), "e": (2, 0.5)}
+    where = {"precision": "fp32", "compile": False, "batch_size": 1, "length": 8}
+    cells = [{"name": name, **where, "model": {"p50_ms": ms}, "speed_up": 1.0} for name, (ms, _) in figures.items()]
+    models = [bench.argparse.Namespace(name=name, size={}) for name in figures]
+    scores = {(name, "fp32"): {"accuracy": accuracy} for name, (_, accuracy) in figures.items()}
+    rows = bench.summarize(models, scores, cells, args)
+    assert [row["name"] for row in rows if row.get("pareto")] == ["a", "c", "e"]
+    rows = bench.summarize(models, scores, cells[:2], args)  # nothing to choose from
+    assert not any(row.get("pareto") for row in rows)
+
+
+def test_model_card_gets_the_table_once(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("# Model\n")
+    bench.put_into_card("one", str(card))
+    assert card.read_text() == "# Model\n\n<!-- bench -->\none\n<!-- /bench -->\n"
+    card.write_text(card.read_text() + "\nMore.\n")
+    bench.put_into_card("two \\1", str(card))
+    assert card.read_text() == "# Model\n\n<!-- bench -->\ntwo \\1\n<!-- /bench -->\n\nMore.\n"
+    card.write_text("<!-- bench --> was never closed\n")
+    bench.put_into_card("three", str(card))
+    assert "was never closed" in card.read_text() and "three" in card.read_text()
+
+
+# Whole runs
+
+
+def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(dynamic) or model)  # slow on a CPU
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"cpu_name": "test CPU", "bf16": True, "architecture": ""}
+    )
+    teacher = save_tiny("teacher", num_hidden_layers=4)
+    students = [
+        save_tiny("bert", seed=3),
+        save_tiny("distil", "distilbert", dim=32, n_layers=1, n_heads=2, hidden_dim=64),
+    ]
+    card = Path(teacher, "README.md")
+    card.write_text("# Teacher\n")
+    grid = ["--batch_sizes", "2,1", "--lengths", "real,8", "--precision", "fp32,bf16", "--compile"]
+    models = ["--teacher_id", teacher, "--student_id", ",".join(students), "--dataset_id", reviews_folder]
+    run(*models, *grid, "--eval_split", "test", "--model_card", teacher, "--disagreements", "found.jsonl")
+
+    *markdown, last = capsys.readouterr().out.splitlines()
+    markdown = "\n".join(markdown)
+    rows = json.loads(last)["models"]
+    names = [teacher, *students]
+    assert [row["name"] for row in rows] == names * 4  # two precisions, compiled or not
+    assert compiled == [True] * 6
+    assert [line.strip("| ") for line in markdown.splitlines() if line.startswith("| model")] == [
+        "model | precision | parameters | without embeddings | disk MB | memory MB | p50 ms | speed-up | accuracy (95%)"
+        " | agreement | alone right | p",
+        "model | precision | batch | tokens | p50 ms | p90 ms | p99 ms | calls | examples/s | speed-up"
+        " | tokenizer p50 ms | both p50 ms",
+    ]
+    for stated in ("batch 2, real lengths", "test CPU (cpu, 1 CPU threads)", torch.__version__, "compile on", "★"):
+        assert stated in markdown
+    assert card.read_text() == f"# Teacher\n\n<!-- bench -->\n{markdown}\n<!-- /bench -->\n"
+
+    results = json.loads(Path("bench.json").read_text())
+    assert results["models"] == rows and len(results["cells"]) == 4 * 4 * 3
+    for cell in results["cells"]:
+        assert cell["model"]["calls"] >= bench.MIN_CALLS and 0 < cell["model"]["p25_ms"] <= cell["model"]["p75_ms"]
+        assert ("tokenizer" in cell and "both" in cell) == (cell["length"] == "real")
+        [reference] = [
+            other
+            for other in results["cells"]
+            if other["name"] == teacher
+            and all(other[key] == cell[key] for key in ("precision", "compile", "batch_size", "length"))
+        ]
+        assert cell["speed_up"] == pytest.approx(reference["model"]["p50_ms"] / cell["model"]["p50_ms"])
+        assert cell["examples_per_second"] == pytest.approx(1000 * cell["batch_size"] / cell["model"]["p50_ms"])
+    for fp32, bf16 in zip(rows[:3], rows[6:9], strict=True):
+        assert fp32["memory_bytes"] == pytest.approx(2 * bf16["memory_bytes"], rel=1e-3)
+
+    splits, _ = data.load_splits(reviews_folder, split_names={"train": "train", "test": "test"})
+    with distill.process_group():
+        for name, row in zip(students, rows[1:3], strict=True):
+            model, tokenizer = distill.load_model(name)
+            tokens = data.tokenize(tokenizer, splits["test"].texts, 64)
+            scores = distill.evaluate(
+                model, distill.accepted_by(model, {"": tokens})[""], splits["test"].labels, "fp32"
+            )
+            assert row["accuracy"] == pytest.approx(scores["accuracy"])
+            assert row["loss"] == pytest.approx(scores["loss"], rel=1e-4)
+    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
+    counts = [
+        [row["student"] == student and row["precision"] == "fp32" for row in found].count(True) for student in students
+    ]
+    assert counts == [row["alone_right"] + row["teacher_alone_right"] for row in rows[1:3]]
+
+
+def test_classes_are_compared_by_name_not_by_position(run, save_tiny, reviews_folder, capsys):
+    """A student whose classes stand in the other order gives the same answers."""
+    teacher = save_tiny("teacher", classes=("negative", "positive"))
+    student = shutil.copytree(teacher, "swapped")
+    config = json.loads(Path(student, "config.json").read_text())
+    config["id2label"], config["label2id"] = {"0": "positive", "1": "negative"}, {"positive": 0, "negative": 1}
+    Path(student, "config.json").write_text(json.dumps(config))
+    run(
+        "--teacher_id",
+        teacher,
+        "--student_id",
+        student,
+        "--dataset_id",
+        reviews_folder,
+        "--lengths",
+        8,
+        "--batch_sizes",
+        1,
+    )
+    teacher, student = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
+    assert student["agreement"] == 0
+    assert student["accuracy"] == pytest.approx(1 - teacher["accuracy"])
+
+
+def test_a_cell_out_of_memory_says_so_and_the_rest_goes_on(run, save_tiny, monkeypatch, capsys):
+    forward = distill.transformers.DistilBertForSequenceClassification.forward
+
+    def tight(self, input_ids, **inputs):
+        if input_ids.numel() > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(distill.transformers.DistilBertForSequenceClassification, "forward", tight)
+    student = save_tiny("student", "distilbert", dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    run("--teacher_id", save_tiny("teacher"), "--student_id", student, "--lengths", "8,32", "--batch_sizes", 1)
+    output = capsys.readouterr().out
+    assert [line.split(" | ")[4] for line in output.splitlines() if "out of memory" in line] == ["out of memory"]
+    assert len(json.loads(Path("bench.json").read_text())["cells"]) == 4
+
+
+def test_hub_models_without_a_data_set(save_tiny, tmp_path):
+    """The command itself: models from a Hub, no data set, and generic class names on one side."""
+    for name, classes in (("teacher", ("LABEL_0", "LABEL_1")), ("student", ("negative", "positive"))):
+        shutil.copytree(save_tiny(name, classes=classes), tmp_path / "hub" / "models" / "org" / name)
+    command = f"{sys.executable} {ROOT}/bench.py --teacher_id org/teacher --student_id org/student --device cpu"
+    command += " --lengths 8 --batch_sizes 1 --threads 1 --min_run_time 0.001"
+    with HubStandin(tmp_path / "hub") as hub:
+        ended = subprocess.run(
+            command.split(),
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(ended.stdout.splitlines()[-1])["models"]
+    assert [row["disk_bytes"] for row in rows] == [
+        (tmp_path / name / "model.safetensors").stat().st_size for name in ("teacher", "student")
+    ]
+    assert "accuracy" not in rows[0] and "accuracy" not in ended.stdout
+
+
+# Errors
+
+
+def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, tmp_path, monkeypatch):
+    model = save_tiny("model")
+    small = ["--teacher_id", model, "--lengths", 8, "--batch_sizes", 1]
+    assert "--teacher_id" in fails("--lengths", 8)
+    assert "nowhere" in fails(*small, "--student_id", tmp_path / "nowhere")
+    assert "named twice" in fails(*small, "--student_id", model)
+    other = save_tiny("other", classes=("sport", "politics"))
+    assert "answers sport, politics, not negative, positive" in fails(*small, "--student_id", other)
+    three = save_tiny("three", classes=("a", "b", "c"))
+    assert "answers a, b, c" in fails(*small, "--student_id", three, "--dataset_id", reviews_folder)
+    assert "64 tokens at most" in fails(*small, "--lengths", "8,65")
+    assert "data set" in fails(*small, "--lengths", "real")
+    assert "only 53 examples" in fails(*small, "--dataset_id", reviews_folder, "--lengths", "real", "--batch_sizes", 54)
+    assert "README.md" in fails(*small, "--model_card", tmp_path)
+    assert "cannot write" in fails(*small, "--output", tmp_path / "nowhere" / "bench.json")
+    assert "fp32, bf16, fp16" in fails(*small, "--precision", "fp32,int8")
+    assert "list of int" in fails(*small, "--batch_sizes", "1,x")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "abacus", "bf16": False})
+    assert "abacus has no arithmetic in bf16" in fails(*small, "--precision", "fp32,bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU" in fails(*small, "--device", "cuda")
+    assert not Path("bench.json").exists()
