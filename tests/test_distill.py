@@ -169,6 +169,15 @@ def test_wrong_flags(arguments, message, capsys):
     assert message in refused(arguments, capsys)
 
 
+def test_readme_tells_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        distill.parse_args(["--help"])
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"}
+    with open(f"{ROOT}/README.md", encoding="utf-8") as file:
+        told = set(re.findall(r"`(--\w+)`", file.read().split("## Flags")[1].split("## What a run leaves")[0]))
+    assert told == flags
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
