@@ -287,7 +287,7 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
     """
     folder = data.demo_model() if model_id == "demo" else os.path.expanduser(model_id)
     if folder.startswith((".", "/")) and not os.path.isdir(folder):
-        raise UserError(f"no such folder: {model_id}")
+        raise UserError(f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run")
     try:
         config = load_config(folder)
         names = [config.id2label[i] for i in range(config.num_labels)]
