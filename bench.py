@@ -283,10 +283,12 @@ def measure_cell(models, texts, size, args):
     if size == "real":
         parts |= {"tokenizer": tokenize, "both": lambda name, i: models[name].network(**tokenize(name, i))}
     rows = [{"name": name, "batch_size": len(texts[0][0]), "length": size} for name in models]
-    calls = {(part, name): functools.partial(parts[part], name) for part in parts for name in models}
-    times = measure(calls, range(len(texts)), args.min_run_time, args.threads)
+    for part, call in parts.items():
+        calls = {name: functools.partial(call, name) for name in models}
+        times = measure(calls, range(len(texts)), args.min_run_time, args.threads)
+        for row in rows:
+            row[part] = describe(times.get(row["name"]))
     for row in rows:
-        row |= {part: describe(times.get((part, row["name"]))) for part in parts}
         if "error" not in row["model"]:
             p50 = row["model"]["p50_ms"]
             row["examples_per_second"] = 1000 * row["batch_size"] / p50
