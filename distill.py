@@ -841,8 +841,8 @@ def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpo
                             f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
                         )
                     dist.all_reduce(losses)
-                    epoch_loss += losses[0].item()
                     total, hard, soft = (losses / (progress.step - logged_step)).tolist()
+                    epoch_loss += total * (progress.step - logged_step)
                     losses.zero_()
                     row = {
                         "step": progress.step,
