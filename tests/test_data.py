@@ -11,6 +11,8 @@ from transformers import AutoModelForSequenceClassification
 import data
 from data import UserError
 
+GOOD = [("fine", 0), ("film", 1), ("plot", 0), ("cast", 1)]
+
 
 def tiny_split(texts):
     return datasets.Dataset.from_dict({"text": texts})
@@ -89,9 +91,79 @@ def test_the_demo():
     assert data.read_demo("test")[:] == data.read_demo("test")[:]
 
 
-# --- refusing --------------------------------------------------------------------------------------------------------
+# --- text without labels ---------------------------------------------------------------------------------------------
 
-GOOD = [("fine", 0), ("film", 1), ("plot", 0), ("cast", 1)]
+
+@pytest.fixture
+def scored(write_csv):
+    """What load_splits gives for a data set whose eval and test hold three sentences."""
+    write_csv("set/train.csv", [*GOOD, ("Fine", 0)])
+    write_csv("set/validation.csv", [("A scored  sentence.", 0), ("Another one", 1)])
+    write_csv("set/test.csv", [("The last", 0)])
+    splits, _ = data.load_splits(
+        str(write_csv("set/test.csv", [("The last", 0)])).removesuffix("/test.csv"),
+        split_names={"train": "train", "eval": "validation", "test": "test"},
+    )
+    return splits
+
+
+def test_unlabeled_text_leaves_out_what_is_scored(scored, tmp_path):
+    path = tmp_path / "more.TXT"
+    path.write_text("new\n\na SCORED sentence.\nfine\n  \n\tthe  last \nnew\nAnother one\nAnother\n", encoding="utf-8")
+    texts, left_out = data.load_unlabeled(scored, str(path))
+    assert texts["text"][:] == ["new", "fine", "new", "Another"]
+    assert left_out == {"also in eval or test": 3, "empty": 2}
+    assert texts.features == scored["train"].texts.features
+    both = datasets.concatenate_datasets([scored["train"].texts, texts])
+    assert both["text"][:] == ["fine", "film", "plot", "cast", "Fine", "new", "fine", "new", "Another"]
+    path.write_text("The last\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no text is left of split 'train' of .*more.TXT"):
+        data.load_unlabeled(scored, str(path))
+
+
+def test_unlabeled_columns(scored, write_csv, tmp_path):
+    path = write_csv("more.csv", [("new", "x"), ("", "y")], ("review", "label"))
+    with pytest.raises(UserError, match="cannot tell which columns hold the text among review, label"):
+        data.load_unlabeled(scored, path)
+    texts, left_out = data.load_unlabeled(scored, path, text_columns=("review",))
+    assert texts[:] == {"text": ["new"]} and left_out["empty"] == 1
+    datasets.Dataset.from_dict(
+        {"text": ["new"], "x": [1]},
+        features=datasets.Features({"text": datasets.Value("large_string"), "x": datasets.Value("int32")}),
+    ).to_parquet(tmp_path / "large.parquet")
+    texts, _ = data.load_unlabeled(scored, str(tmp_path / "large.parquet"))
+    assert texts.features == scored["train"].texts.features and texts["text"][:] == ["new"]
+    with pytest.raises(UserError, match="holds int64, not text"):
+        data.load_unlabeled(scored, write_csv("numbers.csv", [(1,), (2,)], ("text",)))
+    with pytest.raises(UserError, match="name the splits by --unlabeled_split"):
+        data.load_unlabeled(scored, path, split_name="dev")
+    with pytest.raises(UserError, match="no such file or folder"):
+        data.load_unlabeled(scored, "./nowhere.txt")
+
+
+def test_unlabeled_pairs(write_csv):
+    header = ("sentence1", "sentence2", "label")
+    path = write_csv("pairs.csv", [("a", "b", 0), ("c", "d", 1), ("e", "f", 0)], header)
+    splits, _ = data.load_splits(path, split_names={"train": "train[:2]", "eval": "train[2:]"})
+    rows = [("e", "F", 1), ("e", "g", 1), ("", "h", 0), ("f", "e", 0)]
+    texts, left_out = data.load_unlabeled(splits, write_csv("more.csv", rows, header))
+    assert texts[:] == {"sentence1": ["e", "f"], "sentence2": ["g", "e"]}
+    assert left_out == {"also in eval or test": 1, "empty": 1}
+    with pytest.raises(UserError, match="needs text in the columns sentence1, sentence2"):
+        data.load_unlabeled(splits, write_csv("single.csv", [("a",)], ("sentence1",)))
+
+
+def test_the_demos_unlabeled_text(scored):
+    texts, _ = data.load_unlabeled(scored, "demo")
+    assert len(texts) == 269_256 == len({text.lower() for text in texts["text"]})
+    assert all(5 <= len(text.split()) <= 40 for text in texts["text"])
+    slices, _ = data.load_unlabeled(scored, "demo", split_name="train[1000:1010]")
+    assert slices["text"][:] == texts["text"][1000:1010]
+    with pytest.raises(UserError, match="the demo's unlabeled text: "):
+        data.load_unlabeled(scored, "demo", split_name="validation")
+
+
+# --- refusing --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,6 +345,14 @@ def test_every_example_once_an_epoch(tokens, examples, batch_size):
     assert torch.cat(batches).sort().values.tolist() == list(range(examples))
     sizes = [len(batch) for batch in batches]
     assert len(batches) == -(-examples // batch_size) and max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+
+
+def test_the_first_tokens(tokens):
+    first, rows = tokens.first(70), [torch.arange(70)]
+    assert len(first) == 70 and len(first.ids) == first.offsets[-1] == tokens.offsets[70]
+    [(_, inputs)], [(_, expected)] = first.batches(rows), tokens.batches(rows)
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert first.ids.data_ptr() == tokens.ids.data_ptr()  # not a copy
 
 
 def test_epochs_and_seeds_differ_and_repeat(tokens):
