@@ -49,8 +49,8 @@ DEMO = {
     "test_split": "test",
     "teacher_epochs": 2,
     "epochs": 5,
-    "batch_size": 32,
-    "learning_rate": 1e-4,
+    "batch_size": 64,
+    "learning_rate": 2e-4,
 }
 
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from hub_standin import TOKEN, HubStandin
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_way import DistillationTrainer
 
 import data
 import distill
@@ -587,6 +588,51 @@ def test_one_skipped_fp16_step_does_not_stop_the_run(command, monkeypatch):
     monkeypatch.setattr(distill, "training_step", overflowing_step)
     folder = run(command("run", precision="fp16", epochs=1))
     assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def test_fifty_steps_are_the_trainers(command, tmp_path, save_tiny, tokenizer, write_csv, reviews, monkeypatch):
+    """The published Trainer subclass, on the same batches in the same order, ends at the same weights."""
+    write_csv("reviews/train.csv", [(text, ("negative", "positive")[label]) for text, label in reviews[:160]])
+    arguments = command("ours", cache_teacher="false", epochs=5, learning_rate=5e-5, seed=7)
+    save_checkpoint, states = distill.save_checkpoint, []
+
+    def keeping_checkpoint(checkpoint, stage, progress, model, *others):
+        states.append((progress.step, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        save_checkpoint(checkpoint, stage, progress, model, *others)
+
+    monkeypatch.setattr(distill, "save_checkpoint", keeping_checkpoint)
+    run(arguments)
+    steps, ours = states[-1]
+    assert steps == 50
+
+    examples = [{**tokenizer(text, truncation=True, max_length=64), "labels": label} for text, label in reviews[:160]]
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    batches = [rows.tolist() for epoch in range(5) for rows in data.training_batches(lengths, 16, 7, epoch)]
+    options = {name: word for name, word in zip(arguments[::2], arguments[1::2], strict=True)}
+    teacher, student = [
+        transformers.AutoModelForSequenceClassification.from_pretrained(options[name])
+        for name in ("--teacher_id", "--student_id")
+    ]
+    trainer = DistillationTrainer(
+        model=student,
+        teacher=teacher,
+        alpha=0.5,
+        temperature=4.0,
+        args=transformers.TrainingArguments(
+            str(tmp_path / "trainer"), max_steps=50, learning_rate=5e-5, report_to="none", use_cpu=True
+        ),
+    )
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
+        examples, batch_sampler=batches, collate_fn=collate
+    )
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    trainer.train()
+    theirs = student.state_dict()
+    # Softmax ignores a key's bias: its gradient is nothing but rounding, blown up by Adam.
+    names = [name for name in theirs if not name.endswith("key.bias")]
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in names) < 1e-5
+    assert max((ours[name] - before[name]).abs().max().item() for name in names) > 1e-3
 
 
 # --- what a run leaves -----------------------------------------------------------------------------------------------

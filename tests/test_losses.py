@@ -59,6 +59,21 @@ def test_soft_loss_is_the_published_formula(batch):
     assert soft.item() == pytest.approx(by_hand.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0, 20.0])
+def test_the_whole_loss_is_the_published_one(batch, alpha, temperature):
+    """As the Trainer subclass of the published recipe has it: CE by the model, KLDivLoss(batchmean) of softmax."""
+    student, teacher, labels = batch
+    soft = torch.nn.KLDivLoss(reduction="batchmean")(
+        F.log_softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
+    )
+    published = alpha * F.cross_entropy(student, labels) + (1 - alpha) * soft * temperature**2
+    (published_grad,) = torch.autograd.grad(published, student)
+    total = distillation_loss(student, teacher, labels, alpha, temperature)[0]
+    assert total.item() == pytest.approx(published.item(), rel=1e-6, abs=1e-6)
+    assert torch.allclose(gradient(student, teacher, labels, alpha, temperature), published_grad, rtol=1e-6, atol=1e-6)
+
+
 def test_a_constant_added_to_logits_changes_nothing(batch):
     student, teacher, labels = batch
     expected = distillation_loss(student, teacher, labels, 0.5, 2.0)[0].item()
