@@ -458,12 +458,12 @@ def report(rows, cells, args):
     return "\n\n".join(lines)
 
 
-def put_into_card(text, path):
-    """Write text between two markers in a file, in place of what stands there; at the end if there are no markers."""
-    block = f"<!-- bench -->\n{text}\n<!-- /bench -->"
+def put_into_card(text, path, name="bench"):
+    """Write text between a name's markers in a file, in place of what stands there; at the end if there are none."""
+    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
     with open(path, encoding="utf-8") as file:
         card = file.read()
-    before, old, after = re.split("(<!-- bench -->.*?<!-- /bench -->|$)", card, maxsplit=1, flags=re.DOTALL)
+    before, old, after = re.split(f"(<!-- {name} -->.*?<!-- /{name} -->|$)", card, maxsplit=1, flags=re.DOTALL)
     with distill.complete_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(before + block + after if old else f"{card.rstrip()}\n\n{block}\n")
 

@@ -48,6 +48,7 @@ DEMO = {
     "dataset_id": "demo",
     "test_split": "test",
     "teacher_epochs": 2,
+    "teacher_learning_rate": 1e-4,
     "epochs": 5,
     "batch_size": 64,
     "learning_rate": 2e-4,
@@ -1097,21 +1098,52 @@ def ranked(study):
     return sorted(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"], trial.number))
 
 
-def search(args, identity, student, tokenizer, tokens, labels, teacher_logits):
+def trial_folder(args, trial):
+    return os.path.join(args.checkpoint_dir, "trials", str(trial.number))
+
+
+def run_trial(args, trial, student, *rest):
+    """Train with the hyperparameters that the trial is given, and leave the student in the trial's folder.
+
+    Returns the best epoch's scores. Raises optuna.TrialPruned where an epoch's accuracy is below the median of the
+    earlier trials, and UserError like train().
+    """
+    values = suggest(trial)
+    say(f"trial {trial.number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def after_epoch(epoch, scores):
+        trial.report(scores["accuracy"], epoch)
+        if epoch < values["epochs"] and trial.should_prune():
+            raise import_optuna().TrialPruned
+
+    args = argparse.Namespace(**{**vars(args), **values, "output_dir": trial_folder(args, trial)})
+    return train(args, f"trial {trial.number}", student, *rest, after_epoch=after_epoch).best["scores"]
+
+
+def keep_best(args, study):
+    """Delete the students of all trials that have ended but the best. One that ends just now is not among them."""
+    best = [trial.number for trial in ranked(study)[:1]]
+    for trial in study.trials:
+        if trial.state.is_finished() and trial.number not in best:
+            shutil.rmtree(trial_folder(args, trial), ignore_errors=True)
+
+
+def search(args, identity, student, *rest):
     """Train n_trials times with hyperparameters of Optuna's choice and leave the best student in output_dir.
 
-    Each process takes trials of its own: from here on it is a group of one. A trial is what train() makes of its
-    hyperparameters in one process, from the student's present weights, and stops where its accuracy on eval is below
-    the median of the earlier trials in that epoch. The best student is kept as it came out of its trial.
+    Each process takes trials of its own: from here on it is a group of one. Every trial starts from the student's
+    present weights and is what train() alone would make of its hyperparameters in one process. The best student is
+    kept as it came out of its trial.
+
+    Args:
+        rest: what train() takes after the model: tokenizer, tokens, labels and teacher_logits.
 
     Returns:
         on rank 0 (args, found): the command line with the best trial's hyperparameters, and what results.json is to
         hold of the search. On the other ranks, None.
     """
     optuna = import_optuna()
-    states = optuna.trial.TrialState
     rank, path = dist.get_rank(), os.path.join(args.checkpoint_dir, "study.journal")
-    folder = os.path.join(args.checkpoint_dir, "trials", "")
     from_rank0(lambda: prepare_study(path, identity))
     dist.destroy_process_group()
     init_group_of_one()
@@ -1120,61 +1152,51 @@ def search(args, identity, student, tokenizer, tokens, labels, teacher_logits):
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     failures = 0
     while trial := next_trial(args, study, path):
-        values = suggest(trial)
-        stage = f"trial {trial.number}"
-        say(f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-
-        def report(epoch, scores, trial=trial, epochs=values["epochs"]):
-            trial.report(scores["accuracy"], epoch)
-            if epoch < epochs and trial.should_prune():
-                raise optuna.TrialPruned
-
-        trial_args = argparse.Namespace(**{**vars(args), **values, "output_dir": f"{folder}{trial.number}"})
         student.load_state_dict(initial)
         try:
-            best = train(trial_args, stage, student, tokenizer, tokens, labels, teacher_logits, after_epoch=report).best
-            trial.set_user_attr("loss", best["scores"]["loss"])
-            study.tell(trial, best["scores"]["accuracy"])
+            scores = run_trial(args, trial, student, *rest)
+            trial.set_user_attr("loss", scores["loss"])
+            study.tell(trial, scores["accuracy"])
         except optuna.TrialPruned:
-            say(f"{stage}: stopped, below the median of the trials before it")
-            study.tell(trial, state=states.PRUNED)
+            say(f"trial {trial.number}: stopped, below the median of the trials before it")
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         except UserError as error:
-            study.tell(trial, state=states.FAIL)
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            say(f"trial {trial.number}: failed: {error}")
             failures += 1
             if failures == args.n_trials:
                 raise
-            say(f"{stage}: failed: {error}")
-        # Of all trials that have ended only the best is kept. A trial that another process ends now is not among them.
-        best_so_far = [best.number for best in ranked(study)[:1]]
-        for ended in study.trials:
-            if ended.state.is_finished() and ended.number not in best_so_far:
-                shutil.rmtree(f"{folder}{ended.number}", ignore_errors=True)
+        keep_best(args, study)
     if rank > 0:
         return None
 
-    ranking = ranked(study)
-    shutil.copytree(f"{folder}{ranking[0].number}", args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
-    with warnings.catch_warnings(action="ignore"):  # "importances will be equal", where the trials came out alike
-        importances = optuna.importance.get_param_importances(study) if len(ranking) > 1 else {}
-    found = {
-        "ranking": [trial.number for trial in ranking],
-        "importances": importances,
-        "trials": [
-            {
-                "state": {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}[trial.state.name],
-                **trial.params,
-                "eval_accuracy": trial.value,
-                "eval_accuracy_by_epoch": list(trial.intermediate_values.values()),
-                "seconds": trial.duration.total_seconds(),
-            }
-            for trial in study.trials
-        ],
-    }
-    return argparse.Namespace(**{**vars(args), **ranking[0].params}), found
+    keep_best(args, study)  # what a killed process may have left
+    best = ranked(study)[0]
+    shutil.copytree(trial_folder(args, best), args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
+    return argparse.Namespace(**{**vars(args), **best.params}), search_results(study)
+
+
+def search_results(study):
+    """Every trial, the numbers of the complete ones with the best first, and the importance of each hyperparameter."""
+    ranking = [trial.number for trial in ranked(study)]
+    with warnings.catch_warnings(action="ignore"):  # where trials came out alike: "importances will be equal"
+        importances = import_optuna().importance.get_param_importances(study) if len(ranking) > 1 else {}
+    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    trials = [
+        {
+            "state": states[trial.state.name],
+            **trial.params,
+            "eval_accuracy": trial.value,
+            "eval_accuracy_by_epoch": list(trial.intermediate_values.values()),
+            "seconds": trial.duration.total_seconds(),
+        }
+        for trial in study.trials
+    ]
+    return {"ranking": ranking, "importances": importances, "trials": trials}
 
 
 def print_search(found):
-    """The five best trials, and how much each hyperparameter mattered."""
+    """Print the five best trials, and how much each hyperparameter mattered."""
     names = ("epochs", "learning_rate", "alpha", "temperature", "eval_accuracy")
     say("")
     say("  ".join(f"{name:>13}" for name in ("trial", *names)))
@@ -1264,6 +1286,8 @@ def write_model_card(args, results):
         for who, row in (("teacher", teacher), ("student", student))
     ]
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
+    count = results["examples"]["unlabeled"]
+    unlabeled = f"{count:,} more examples had no label but the teacher's.\n" if count else ""
     text = f"""---
 {card_data.to_yaml()}
 ---
@@ -1273,6 +1297,7 @@ def write_model_card(args, results):
 A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation: it learnt from the labels of
 {dataset or "a local data set"} and from the class probabilities of a larger teacher,
 {hub_id(args.teacher_id, DEMO_MODEL) or "a local model"}{", fine-tuned first" if args.teacher_epochs else ""}.
+{unlabeled}
 
 | | parameters | {" | ".join(f"accuracy on {splits[role]}" for role in roles)} |
 |---|---|{"---|" * len(roles)}
@@ -1429,7 +1454,7 @@ def run(args):
             return  # rank 0 finishes alone
         args, found = result
         seconds["training"] = found["trials"][found["ranking"][0]]["seconds"]
-        seconds["search"] = sum(trial["seconds"] for trial in found["trials"])
+        seconds["search"] = sum(trial["seconds"] for trial in found["trials"] if trial["state"] != "failed")
     else:
         seconds["training"] = train(
             args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher

@@ -608,7 +608,7 @@ def test_fifty_steps_are_the_trainers(command, tmp_path, save_tiny, tokenizer, w
     examples = [{**tokenizer(text, truncation=True, max_length=64), "labels": label} for text, label in reviews[:160]]
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     batches = [rows.tolist() for epoch in range(5) for rows in data.training_batches(lengths, 16, 7, epoch)]
-    options = {name: word for name, word in zip(arguments[::2], arguments[1::2], strict=True)}
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     teacher, student = [
         transformers.AutoModelForSequenceClassification.from_pretrained(options[name])
         for name in ("--teacher_id", "--student_id")

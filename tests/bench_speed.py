@@ -1,0 +1,331 @@
+"""How fast distill.py is against the published Trainer way, where its time goes, and how it grows.
+
+    python tests/bench_speed.py
+
+The ways take turns on this machine, each run in a process of its own, with the same models, text, batch size and
+epochs. The models have the shapes of the published pair, with random weights, on which speed does not depend, and of
+the demo. The figures go into README.md, between its markers. Nothing else should run meanwhile.
+"""
+
+# ruff: noqa: E402
+import time
+
+BEGIN = time.perf_counter()  # before the imports, which take seconds and are a part of a run
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+
+import torch
+import transformers
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import bench
+import data
+import distill
+from losses import distillation_loss
+
+OUTPUT = os.path.join(ROOT, "outputs", "speed")
+BATCH_SIZE = 32
+ON_GPU = torch.cuda.is_available()
+AS_PUBLISHED = "fp16" if ON_GPU else "fp32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and text
+
+
+def save_bert(name, layers, width):
+    """A BERT classifier of random weights with BERT's vocabulary; returns its folder."""
+    folder = os.path.join(OUTPUT, name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(data.demo_model())
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+        id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1},
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_demo(name, layers):
+    """The demo's model, cut to its first layers; returns its folder."""
+    folder = os.path.join(OUTPUT, name)
+    model, tokenizer = distill.load_model("demo", ["negative", "positive"], layers)
+    distill.save_model(folder, model, tokenizer)
+    return folder
+
+
+def save_text(examples):
+    """Write so many of the demo's sentences, repeated if need be, and a tenth for eval; returns the folder."""
+    folder = os.path.join(OUTPUT, f"text{examples}")
+    os.makedirs(folder, exist_ok=True)
+    rows = data.read_demo("train")
+    rows = list(zip(rows["text"], rows["label"], strict=True))
+    names = ("negative", "positive")
+    for split, count in (("train", examples), ("validation", min(examples // 10, 1000))):
+        with open(os.path.join(folder, f"{split}.csv"), "w", newline="", encoding="utf-8") as file:
+            repeated = (rows[i % len(rows)] for i in range(count))
+            csv.writer(file).writerows([("text", "label"), *((text, names[label]) for text, label in repeated)])
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs, each in a process of its own
+
+
+def timed(command, threads=None):
+    """Run a command; returns the seconds that its process took, and the JSON object in the last line it printed."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    start = time.perf_counter()
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - start, json.loads(finished.stdout.splitlines()[-1])
+
+
+def ours(models, text, epochs, precision="auto", ranks=None, threads=None, parts=False):
+    """Run distill.py from a clean folder. Returns the process's seconds, and those of labelling and training together.
+
+    With parts=True the second result is what `parts_of_a_run` prints instead.
+    """
+    folder = os.path.join(OUTPUT, "ours")
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = {
+        "teacher_id": models[0],
+        "student_id": models[1],
+        "dataset_id": text,
+        "epochs": epochs,
+        "batch_size": BATCH_SIZE,
+        "precision": precision,
+        "output_dir": folder,
+    }
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    script = [os.path.abspath(__file__), "--parts"] if parts else [os.path.join(ROOT, "distill.py")]
+    seconds, printed = timed([*(start if ranks else [sys.executable]), *script, *words], threads)
+    return seconds, printed if parts else sum(printed["seconds"].values())
+
+
+def trainers(models, text, epochs, precision, tuned):
+    """Run the Trainer way from a clean folder. Returns the process's seconds, and those of training."""
+    folder = os.path.join(OUTPUT, "trainer")
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, os.path.join(ROOT, "tests", "trainer_way.py"), "--teacher_id", models[0]]
+    command += ["--student_id", models[1], "--dataset_id", text, "--epochs", str(epochs), "--output_dir", folder]
+    command += ["--batch_size", str(BATCH_SIZE), "--precision", precision] + ["--tuned"] * tuned
+    seconds, printed = timed(command)
+    return seconds, printed["seconds"]
+
+
+def comparison(title, models, text, precision):
+    """The three ways in turn, at 1, 3 and 10 epochs: rows of a table."""
+    for epochs in (1, 3, 10):
+        mine = ours(models, text, epochs)
+        published = trainers(models, text, epochs, AS_PUBLISHED, tuned=False)
+        tuned = trainers(models, text, epochs, precision, tuned=True)
+        cells = [f"{mine[1]:.1f}"]
+        cells += [f"{theirs[1]:.1f} ({theirs[1] / mine[1]:.1f}×)" for theirs in (published, tuned)]
+        cells += [f"{mine[0]:.1f}"]
+        cells += [f"{theirs[0]:.1f} ({theirs[0] / mine[0]:.1f}×)" for theirs in (published, tuned)]
+        yield [title, str(epochs), *cells]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+
+
+def parts_of_a_run(argv):
+    """Run distill.main(argv), then print the seconds of its parts, none counted twice, and the peak memory, as JSON."""
+    seconds = {"imports": time.perf_counter() - BEGIN}
+    running = []
+
+    def clock(module, name, part):
+        function = getattr(module, name)
+
+        def clocked(*args, **kwargs):
+            start = time.perf_counter()
+            running.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                elapsed = time.perf_counter() - start
+                seconds[part] = seconds.get(part, 0) + elapsed - running.pop()  # less what was clocked inside
+                if running:
+                    running[-1] += elapsed
+
+        setattr(module, name, clocked)
+
+    clock(distill, "main", "rest")
+    clock(data, "load_splits", "reading text")
+    clock(distill, "load_model", "loading models")
+    clock(data, "tokenize", "tokenising")
+    clock(data, "same_tokenizer", "tokenising")
+    clock(distill, "label", "labelling")
+    clock(distill, "training_step", "student's steps")
+    clock(distill, "train", "rest of the loop")
+    clock(distill, "evaluate", "evaluation")
+    clock(distill, "save_model", "saving the student")
+    clock(distill, "save_checkpoint", "checkpoints")
+    clock(distill, "identity_of", "digests")
+    clock(distill, "model_digest", "digests")
+    clock(distill, "finish", "results and card")
+    distill.main(argv)
+    print(json.dumps({"seconds": seconds, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+
+
+def loop_overhead(models, text, rounds=5):
+    """Seconds of train()'s epoch without evaluation and files, over those of its bare steps on batches in memory."""
+    argv = ["--teacher_id", models[0], "--student_id", models[1], "--dataset_id", text, "--epochs", "1"]
+    args = distill.parse_args([*argv, "--batch_size", str(BATCH_SIZE), "--output_dir", os.path.join(OUTPUT, "loop")])
+    distill.quiet_libraries()
+    distill.evaluate = lambda *_: {"accuracy": 0.0, "loss": 0.0}
+    distill.save_model = distill.say = lambda *_: None
+    with distill.process_group():
+        device = distill.choose_device()
+        args.precision = distill.choose_precision(args.precision, device)
+        task = distill.read_task(args)
+        student, tokens = task.student.to(device), task.student_tokens["train"].to(device)
+        labels = task.labels["train"].to(device)
+        logits = torch.randn(len(labels), 2, device=device)
+        batches = list(tokens.batches(data.training_batches(tokens.lengths, BATCH_SIZE, args.seed, 0)))
+
+        def bare():
+            optimizer = distill.make_optimizer(student, args)
+            student.train()
+            start = time.perf_counter()
+            for rows, inputs in batches:
+                with distill.autocast(device, args.precision):
+                    answers = distill.forward(student, inputs)
+                loss, *_ = distillation_loss(answers, logits[rows], labels[rows], args.alpha, args.temperature)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if ON_GPU:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        def whole():
+            student_tokens = {"train": tokens, "eval": None}
+            return distill.train(
+                args, "student", student, None, student_tokens, {"train": labels, "eval": None}, {"train": logits}
+            ).seconds
+
+        bare(), whole()  # warm up
+        return statistics.median(whole() / bare() for _ in range(rounds))
+
+
+def padding(text):
+    """The share of padding among the tokens computed: in labelling, in training, and in random batches."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(data.demo_model())
+    tokens = data.tokenize(tokenizer, data.load_splits(text)[0]["train"].texts, 512)
+
+    def share(batches):
+        computed = sum(len(rows) * int(tokens.lengths[rows].max()) for rows in batches)
+        return 1 - int(tokens.lengths.sum()) / computed
+
+    return (
+        share(data.prediction_batches(tokens.lengths, 8192 if ON_GPU else 1024)),
+        share(data.training_batches(tokens.lengths, BATCH_SIZE, 0, 0)),
+        share(torch.randperm(len(tokens)).split(BATCH_SIZE)),
+    )
+
+
+def growth(models, sizes):
+    """Rows of a table: seconds and bytes of memory that each further example takes."""
+    before = None
+    for size in sizes:
+        _, parts = ours(models, save_text(size), 1, parts=True)
+        fixed = ("imports", "loading models")
+        seconds = sum(value for name, value in parts["seconds"].items() if name not in fixed)
+        memory = f"{(parts['peak'] - before[1]) / (size - before[0]):,.0f}" if before else ""
+        yield [f"{size:,}", f"{seconds:.1f}", f"{1e6 * seconds / size:.0f}", f"{parts['peak'] / 1e6:,.0f}", memory]
+        before = size, parts["peak"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def table(header, rows):
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 600, help="sentences to train on")
+    parser.add_argument("--sizes", default="5000,50000,500000", help="of the data sets that show how a run grows")
+    args = parser.parse_args(argv)
+    text, sizes = save_text(args.examples), [int(size) for size in args.sizes.split(",")]
+    published = save_bert("bert-base", 12, 768), save_bert("bert-L2-H128", 2, 128)
+    demo = save_demo("minilm-6", 6), save_demo("minilm-2", 2)
+    tiny = (save_bert("tiny", 1, 64),) * 2
+    precision = distill.choose_precision("auto", distill.choose_device())
+
+    header = ["models", "epochs", "ours s", "as published", "tuned", "whole process: ours s", "as published", "tuned"]
+    rows = []
+    for title, models in (("BERT-base → L2 H128", published), ("demo: 6 → 2 layers", demo)):
+        for row in comparison(title, models, text, precision):
+            print(" | ".join(row), flush=True)
+            rows.append(row)
+    speed = table(header, rows)
+
+    seconds = ours(published, text, 3, parts=True)[1]["seconds"]
+    total = sum(seconds.values())
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    parts = table(["part", "s", "share"], [[name, f"{s:.2f}", f"{s / total:.1%}"] for name, s in parts])
+    print(parts, flush=True)
+    grown = table(["examples", "s", "µs an example", "peak MB", "bytes a further one"], growth(tiny, sizes))
+    print(grown, flush=True)
+    one, two = [ours(demo, text, 3, ranks=ranks, threads=1)[1] for ranks in (1, 2)]
+    overheads = [loop_overhead(models, text) for models in (published, demo)]
+    labelling, training, random = padding(text)
+
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    report = f"""{speed}
+
+- Seconds of training: ours with the teacher's labelling, all with an evaluation after every epoch; then of the whole
+  process. In brackets: how often ours fits into it. {args.examples:,} sentences in batches of {BATCH_SIZE};
+  ours in {precision}.
+- As published: a `Trainer` with the teacher in its loss ([tests/trainer_way.py](tests/trainer_way.py)), in
+  {AS_PUBLISHED}. Tuned: in {precision}, batches grouped by length, no optimizer in its checkpoints.
+- Padding among the tokens computed: {labelling:.1%} in labelling, {training:.1%} in training ({random:.1%} in random
+  batches).
+- An epoch of `train` takes {overheads[0]:.2f} times (BERT) and {overheads[1]:.2f} times (demo) the seconds of bare
+  forward, backward, clip and step on batches that are in memory.
+- Two processes of one thread each are {one / two:.2f} times as fast as one (the demo's models, 3 epochs).
+
+Where the time of the first models' run of 3 epochs goes:
+
+{parts}
+
+How a run grows, with teacher and student of one layer of 64 (without imports and loading models):
+
+{grown}
+
+- {datetime.date.today()}, {device}, torch {torch.__version__}, transformers {transformers.__version__}:
+  `{" ".join(["python tests/bench_speed.py", *(sys.argv[1:] if argv is None else argv)])}`
+"""
+    print(report)
+    bench.put_into_card(report, os.path.join(ROOT, "README.md"), "speed")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--parts"]:
+        parts_of_a_run(sys.argv[2:])
+    else:
+        main()
