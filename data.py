@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import re
+from array import array
 from dataclasses import dataclass, replace
 
 import datasets
@@ -450,26 +451,21 @@ class Tokens:
 
 def tokenize(tokenizer, texts, max_length):
     """Tokenise a datasets.Dataset of one or two text columns, once, unpadded, cut to max_length tokens."""
-    ids, type_ids, lengths = [], [], []
+    ids, type_ids, lengths = array("i"), array("B"), array("q")  # these grow in place: memory is never held twice
     for start in range(0, len(texts), CHUNK):
         columns = texts[start : start + CHUNK].values()
         encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-        ids.append(flatten(encoded["input_ids"], np.int32))
-        type_ids.append(flatten(encoded.get("token_type_ids", []), np.uint8))
-        lengths.append(np.fromiter(map(len, encoded["input_ids"]), np.int64))
-    type_ids = np.concatenate(type_ids)
-    lengths = np.concatenate(lengths)
+        ids.extend(itertools.chain.from_iterable(encoded["input_ids"]))
+        type_ids.extend(itertools.chain.from_iterable(encoded.get("token_type_ids", [])))
+        lengths.extend(map(len, encoded["input_ids"]))
+    lengths = torch.frombuffer(lengths, dtype=torch.int64)
     return Tokens(
-        ids=torch.from_numpy(np.concatenate(ids)),
-        type_ids=torch.from_numpy(type_ids) if type_ids.any() else None,
-        offsets=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
-        lengths=torch.from_numpy(lengths),
+        ids=torch.frombuffer(ids, dtype=torch.int32),
+        type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if np.any(type_ids) else None,
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        lengths=lengths,
         pad_id=tokenizer.pad_token_id,
     )
-
-
-def flatten(lists, dtype):
-    return np.fromiter(itertools.chain.from_iterable(lists), dtype)
 
 
 POOL = 100  # batches whose examples are sorted by length together; more would save little padding and mix less
