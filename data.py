@@ -1,5 +1,6 @@
 """Text in, token tensors out: load, check, tokenise, bucket, pad. Knows nothing of ranks or of the command line."""
 
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -106,14 +107,13 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
     return splits, class_names
 
 
-def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", text_columns=None):
+def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
     """Read text without labels, for the teacher to label and the student to learn from.
 
     Args:
         splits: what load_splits gave. Examples that also stand in its eval or test are left out: the student must not
             have seen what it is scored on.
         dataset_id, dataset_config, split_name: as in load_splits; of a txt file, each line is an example.
-        text_columns: by default the labelled data's; a single one may have another name here.
 
     Returns:
         (texts, left_out): a datasets.Dataset with the columns of splits["train"].texts, and a dictionary that says
@@ -124,14 +124,14 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", 
     """
     table = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     where = f"split '{split_name}' of {dataset_id}"
-    wanted = splits["train"].texts.column_names
-    names = text_columns or wanted
-    if len(wanted) == 1 and names[0] not in table.column_names:
-        names = find_text_columns(table)
+    names = wanted = splits["train"].texts.column_names
+    if len(wanted) == 1 and wanted[0] not in table.column_names:
+        with contextlib.suppress(UserError):
+            names = find_text_columns(table)  # a single column may have another name here
     if len(names) != len(wanted) or not set(names) <= set(table.column_names):
         raise UserError(
-            f"{where} needs text in the columns {', '.join(wanted)}, as the labelled data; "
-            f"it has {', '.join(table.column_names)}"
+            f"{where} has {', '.join(table.column_names)}: its text must be in {' and '.join(wanted)}, as the "
+            "labelled data's: rename its columns"
         )
     texts = table.select_columns(list(names))
     check_types(texts, where)

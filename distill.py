@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 
 import datasets
 import huggingface_hub
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -132,6 +133,8 @@ def parse_args(argv=None):
         parser.error("--alpha 1 leaves the teacher out, and only it can teach from --unlabeled_id")
     if args.n_trials and not args.cache_teacher:
         parser.error("--n_trials trains on cached labels: leave out --cache_teacher false")
+    if not args.unlabeled_id and (args.unlabeled_config or args.unlabeled_split != "train"):
+        parser.error("--unlabeled_config and --unlabeled_split need --unlabeled_id")
     if args.dataset_id == "nyu-mll/glue" and args.dataset_config is None:
         args.dataset_config = "sst2"
     if args.checkpoint_dir is None:
@@ -495,9 +498,7 @@ def read_task(args):
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
     if args.unlabeled_id:
-        texts, left_out = data.load_unlabeled(
-            splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split, args.text_columns
-        )
+        texts, left_out = data.load_unlabeled(splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         say(f"unlabeled: {len(texts):,} examples; left out: {reasons}")
         # Behind the labelled examples: whatever follows sees one training split, some of it without labels.
@@ -1052,12 +1053,15 @@ def open_study(path):
     )
 
 
-def prepare_study(path, identity):
+def prepare_study(args, path, identity):
     """Make a study ready for its workers, be it new or left by a killed run. Raises UserError if it is another's."""
     remove(path + ".lock")  # a process may have been killed while it wrote; a line may be incomplete
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
+    # What the search decides itself may be another; so may the number of workers, unless they trained the teacher.
+    free = {"epochs", "learning_rate", "alpha", "temperature"} | (set() if args.teacher_epochs else {"processes"})
+    identity = {name: value for name, value in identity.items() if name not in free}
     identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
     try:
         study = open_study(path)
@@ -1068,6 +1072,8 @@ def prepare_study(path, identity):
     study.set_user_attr("identity", identity)
     if study.trials:
         say(f"continuing the search from {path}: {len(study.trials)} trials begun")
+    else:
+        shutil.rmtree(os.path.join(args.checkpoint_dir, "trials"), ignore_errors=True)  # of a study that was deleted
     for trial in study.trials:
         if trial.state.name == "RUNNING":  # when its process was killed
             study.tell(trial.number, state=type(trial.state).FAIL)
@@ -1085,16 +1091,17 @@ def next_trial(args, study, path):
             done = states.count("COMPLETE") + states.count("PRUNED")
             if done + states.count("RUNNING") < args.n_trials:
                 # Seeded for each trial: a search that goes on must not draw again what it began with.
-                study.sampler = import_optuna().samplers.TPESampler(seed=args.seed + len(states))
+                seed = np.random.SeedSequence([args.seed, len(states)]).generate_state(1).item()
+                study.sampler = import_optuna().samplers.TPESampler(seed=seed)
                 return study.ask()
         if done >= args.n_trials:
             return None
         time.sleep(1)
 
 
-def ranked(study):
-    """The trials that ran to their end, best first: by accuracy on eval, among equals by loss."""
-    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+def ranked(trials):
+    """Those that ran to their end, best first: by accuracy on eval, among equals by loss."""
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     return sorted(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"], trial.number))
 
 
@@ -1105,8 +1112,8 @@ def trial_folder(args, trial):
 def run_trial(args, trial, student, *rest):
     """Train with the hyperparameters that the trial is given, and leave the student in the trial's folder.
 
-    Returns the best epoch's scores. Raises optuna.TrialPruned where an epoch's accuracy is below the median of the
-    earlier trials, and UserError like train().
+    Returns the best epoch's scores. Raises optuna.TrialPruned where the best accuracy so far is below the median of
+    the complete trials (five at least) at the same epoch, and UserError like train().
     """
     values = suggest(trial)
     say(f"trial {trial.number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
@@ -1121,11 +1128,14 @@ def run_trial(args, trial, student, *rest):
 
 
 def keep_best(args, study):
-    """Delete the students of all trials that have ended but the best. One that ends just now is not among them."""
-    best = [trial.number for trial in ranked(study)[:1]]
-    for trial in study.trials:
-        if trial.state.is_finished() and trial.number not in best:
+    """Delete the students of all trials that have ended, but not the best one."""
+    trials = study.trials  # read once: a trial that another process ends meanwhile may be the best
+    for trial in trials:
+        if trial.state.is_finished() and trial not in ranked(trials)[:1]:
             shutil.rmtree(trial_folder(args, trial), ignore_errors=True)
+
+
+MOST_FAILURES = 5  # in a search in which nothing else has happened yet
 
 
 def search(args, identity, student, *rest):
@@ -1143,14 +1153,13 @@ def search(args, identity, student, *rest):
         hold of the search. On the other ranks, None.
     """
     optuna = import_optuna()
-    rank, path = dist.get_rank(), os.path.join(args.checkpoint_dir, "study.journal")
-    from_rank0(lambda: prepare_study(path, identity))
+    rank, path = dist.get_rank(), os.path.abspath(os.path.join(args.checkpoint_dir, "study.journal"))
+    from_rank0(lambda: prepare_study(args, path, identity))
     dist.destroy_process_group()
     init_group_of_one()
 
     study = open_study(path)
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    failures = 0
     while trial := next_trial(args, study, path):
         student.load_state_dict(initial)
         try:
@@ -1161,34 +1170,41 @@ def search(args, identity, student, *rest):
             say(f"trial {trial.number}: stopped, below the median of the trials before it")
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         except UserError as error:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
             say(f"trial {trial.number}: failed: {error}")
-            failures += 1
-            if failures == args.n_trials:
-                raise
+            trial.set_user_attr("error", str(error))
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            ended = [trial for trial in study.trials if trial.state.is_finished()]
+            if len(ended) >= MOST_FAILURES and all("error" in trial.user_attrs for trial in ended):
+                raise UserError(f"the first {len(ended)} trials failed: {error}") from error
         keep_best(args, study)
     if rank > 0:
         return None
 
     keep_best(args, study)  # what a killed process may have left
-    best = ranked(study)[0]
+    best = ranked(study.trials)[0]
+    if not os.path.exists(os.path.join(trial_folder(args, best), "config.json")):
+        raise UserError(f"{trial_folder(args, best)} is lost, the best trial's student: delete {path} to start over")
+    shutil.rmtree(os.path.join(args.output_dir, "runs"), ignore_errors=True)  # of an earlier best trial
     shutil.copytree(trial_folder(args, best), args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
     return argparse.Namespace(**{**vars(args), **best.params}), search_results(study)
 
 
 def search_results(study):
     """Every trial, the numbers of the complete ones with the best first, and the importance of each hyperparameter."""
-    ranking = [trial.number for trial in ranked(study)]
-    with warnings.catch_warnings(action="ignore"):  # where trials came out alike: "importances will be equal"
-        importances = import_optuna().importance.get_param_importances(study) if len(ranking) > 1 else {}
+    optuna, ranking = import_optuna(), [trial.number for trial in ranked(study.trials)]
+    importances = {}
+    if len(ranking) > 1:
+        with warnings.catch_warnings(action="ignore"):  # where trials came out alike: "importances will be equal"
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # needs no further package
+            importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
     states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
     trials = [
         {
             "state": states[trial.state.name],
             **trial.params,
-            "eval_accuracy": trial.value,
+            "eval_accuracy": max(trial.intermediate_values.values(), default=None),
             "eval_accuracy_by_epoch": list(trial.intermediate_values.values()),
-            "seconds": trial.duration.total_seconds(),
+            "seconds": None if trial.state.name == "FAIL" else trial.duration.total_seconds(),
         }
         for trial in study.trials
     ]
@@ -1230,7 +1246,7 @@ def summarize(args, task, scores, seconds, parameters, device):
         "examples": {**counts, "train": labelled, "unlabeled": counts["train"] - labelled},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "processes": dist.get_world_size(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # after a search, each is a group of its own
         "versions": {
             module.__name__: module.__version__ for module in (torch, transformers, datasets, huggingface_hub)
         },
@@ -1454,7 +1470,7 @@ def run(args):
             return  # rank 0 finishes alone
         args, found = result
         seconds["training"] = found["trials"][found["ranking"][0]]["seconds"]
-        seconds["search"] = sum(trial["seconds"] for trial in found["trials"] if trial["state"] != "failed")
+        seconds["trials"] = sum(trial["seconds"] or 0 for trial in found["trials"])  # added up over processes
     else:
         seconds["training"] = train(
             args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher

@@ -134,6 +134,7 @@ def stage(folder, job, given):
 
 def checkpoint_folder(output, args, given):
     """The same for the same command and code: a second job continues what the first left unfinished, and only that."""
+    given = {**given, "n_trials": "n_trials" in given}  # a search can be continued with more trials
     sha = hashlib.sha256(json.dumps([given, args.train_data, args.instance_type, args.instance_count]).encode())
     for name in CODE:
         with open(os.path.join(HERE, name), "rb") as file:
@@ -214,7 +215,7 @@ def make_trainer(args, job, given, code, boto_session):
     )
     if args.train_data:
         trainer.input_data_config = [configs.InputData(channel_name="training", data_source=args.train_data)]
-    if args.spot or job.teacher_epochs:  # distill.py keeps a fine-tuned teacher beside its checkpoints
+    if args.spot or job.teacher_epochs or job.n_trials:  # a fine-tuned teacher and a search lie beside checkpoints
         address = checkpoint_folder(trainer.output_data_config.s3_output_path, args, given)
         trainer.checkpoint_config = configs.CheckpointConfig(s3_uri=address)
     return trainer

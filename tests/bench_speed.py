@@ -151,16 +151,19 @@ def parts_of_a_run(argv):
     """Run distill.main(argv), then print the seconds of its parts, none counted twice, and the peak memory, as JSON."""
     seconds = {"imports": time.perf_counter() - BEGIN}
     running = []
+    wait = torch.cuda.synchronize if ON_GPU else lambda: None  # a GPU's work would be counted where it is waited for
 
     def clock(module, name, part):
         function = getattr(module, name)
 
         def clocked(*args, **kwargs):
+            wait()
             start = time.perf_counter()
             running.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
+                wait()
                 elapsed = time.perf_counter() - start
                 seconds[part] = seconds.get(part, 0) + elapsed - running.pop()  # less what was clocked inside
                 if running:

@@ -123,9 +123,9 @@ def test_unlabeled_text_leaves_out_what_is_scored(scored, tmp_path):
 
 def test_unlabeled_columns(scored, write_csv, tmp_path):
     path = write_csv("more.csv", [("new", "x"), ("", "y")], ("review", "label"))
-    with pytest.raises(UserError, match="cannot tell which columns hold the text among review, label"):
+    with pytest.raises(UserError, match="has review, label: its text must be in text, as the labelled"):
         data.load_unlabeled(scored, path)
-    texts, left_out = data.load_unlabeled(scored, path, text_columns=("review",))
+    texts, left_out = data.load_unlabeled(scored, write_csv("other.csv", [("new", 0), ("", 1)], ("review", "label")))
     assert texts[:] == {"text": ["new"]} and left_out["empty"] == 1
     datasets.Dataset.from_dict(
         {"text": ["new"], "x": [1]},
@@ -149,7 +149,7 @@ def test_unlabeled_pairs(write_csv):
     texts, left_out = data.load_unlabeled(splits, write_csv("more.csv", rows, header))
     assert texts[:] == {"sentence1": ["e", "f"], "sentence2": ["g", "e"]}
     assert left_out == {"also in eval or test": 1, "empty": 1}
-    with pytest.raises(UserError, match="needs text in the columns sentence1, sentence2"):
+    with pytest.raises(UserError, match="has sentence1: its text must be in sentence1 and sentence2"):
         data.load_unlabeled(splits, write_csv("single.csv", [("a",)], ("sentence1",)))
 
 

@@ -996,6 +996,7 @@ def test_a_teacher_learns_from_labelled_text_alone(command, more_text, capsys):
 
 
 def test_unlabeled_text_needs_a_teacher(command, more_text, capsys):
+    assert "need --unlabeled_id" in refused(command("run", unlabeled_split="test"), capsys)
     assert "only it can teach" in refused(command("run", unlabeled_id=more_text, alpha=1.0), capsys)
 
 
@@ -1027,7 +1028,7 @@ def test_a_search_finds_what_its_best_trial_found(command, monkeypatch, capsys):
     assert predictions.count(("evaluating", 29)) == 1  # test is scored once, for the best trial alone
 
     trials, best = trials_of(folder)
-    assert len(trials) == 7 and {"complete", "pruned"} == {trial["state"] for trial in trials}
+    assert len(trials) == 7
     complete = [trial for trial in trials if trial["state"] == "complete"]
     assert trials[best]["eval_accuracy"] == max(trial["eval_accuracy"] for trial in complete)
     assert all(len(trial["eval_accuracy_by_epoch"]) == trial["epochs"] for trial in complete)
@@ -1065,6 +1066,24 @@ def test_a_search_finds_what_its_best_trial_found(command, monkeypatch, capsys):
         trial["learning_rate"] for trial in trials
     }  # fmt: skip
     assert "seed was 33, is 34" in refused(command("search", n_trials=8, seed=34), capsys)
+    run(command("search", n_trials=8, alpha=0.1))  # which the search does not go by
+    assert trials_of(folder)[0] == longer
+
+
+def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
+    """Each trial is worse than the one before it: the sixth has five others to be compared with."""
+    run_trial, numbers = distill.run_trial, []
+    monkeypatch.setattr(
+        distill, "run_trial", lambda args, trial, *rest: numbers.append(trial.number) or run_trial(args, trial, *rest)
+    )
+    monkeypatch.setattr(distill, "training_step", lambda *args: (torch.zeros(3), torch.ones(())))
+    monkeypatch.setattr(
+        distill, "evaluate", lambda *args: {"accuracy": 0.9 - 0.1 * numbers[-1], "loss": 1.0, "agreement": 0.5}
+    )
+    trials, best = trials_of(run(command("run", n_trials=6)))
+    assert [trial["state"] for trial in trials] == ["complete"] * 5 + ["pruned"] and best == 0
+    assert [len(trial["eval_accuracy_by_epoch"]) for trial in trials] == [*(t["epochs"] for t in trials[:5]), 1]
+    assert trials[5]["epochs"] > 1 and "trial 5: stopped, below the median" in capsys.readouterr().out
 
 
 def test_failed_trials_are_not_counted(command, monkeypatch, capsys):
@@ -1082,10 +1101,32 @@ def test_failed_trials_are_not_counted(command, monkeypatch, capsys):
     assert [trial["state"] for trial in trials] == ["failed", "complete", "complete"]
     assert "trial 0: failed: the loss is not finite" in capsys.readouterr().out
     failing = range(100)
-    assert "the loss is not finite" in refused(command("all", n_trials=2), capsys)
+    assert "the first 5 trials failed: the loss is not finite" in refused(command("all", n_trials=2), capsys)
 
 
-def test_a_killed_search_goes_on(command, capsys):
+def test_a_trial_that_ends_meanwhile_is_not_deleted(tmp_path):
+    """Another process may end a better trial between two looks at the study."""
+    optuna = distill.import_optuna()
+
+    def trial(number, accuracy):
+        trial = optuna.trial.create_trial(value=accuracy, user_attrs={"loss": 1.0})
+        trial.number = number
+        (tmp_path / "trials" / str(number)).mkdir(parents=True)
+        return trial
+
+    trials, looks = [trial(0, 0.6), trial(1, 0.5), trial(2, 0.7)], []
+
+    class Study:
+        @property
+        def trials(self):
+            looks.append(1)
+            return trials[: len(looks) + 1]
+
+    distill.keep_best(distill.parse_args(["--checkpoint_dir", str(tmp_path)]), Study())
+    assert sorted(os.listdir(tmp_path / "trials")) == ["0", "2"]
+
+
+def test_a_killed_search_goes_on(command, capsys, monkeypatch):
     arguments = command("search", n_trials=3)
     # In the third trial: the first two have at most 20 epochs of 7 steps.
     killed = start(arguments, DIE.replace("MOMENT", 'at_call("train", distill, 3)'))
@@ -1094,10 +1135,17 @@ def test_a_killed_search_goes_on(command, capsys):
     os.symlink(journal, f"{journal}.lock")  # as if it had been killed while it wrote
     with open(journal, "a") as file:
         file.write('{"op_code": 6, "wor')
+    open_study, locked = distill.open_study, []
+    monkeypatch.setattr(
+        distill, "open_study", lambda path: locked.append(os.path.lexists(path + ".lock")) or open_study(path)
+    )
     trials, best = trials_of(run(arguments))
+    assert not any(locked)  # else Optuna would wait for half a minute
     assert [trial["state"] for trial in trials] == ["complete", "complete", "failed", "complete"]
     assert os.listdir(f"{output_of(arguments)}/trials") == [str(best)]
     assert same_weights(output_of(arguments), alone(command, "alone", trials[best]))
+    os.remove(f"{output_of(arguments)}/trials/{best}/config.json")
+    assert "is lost, the best trial's student" in refused(arguments, capsys)
     with open(journal, "w") as file:
         file.write("no journal\n")
     assert "study.journal is damaged" in refused(arguments, capsys)
@@ -1136,7 +1184,7 @@ distill.main()
         assert set(file.read()) == {"0", "1"}
     assert os.listdir(f"{folder}/trials") == [str(best)]
     assert same_weights(folder, alone(command, "alone", trials[best]))
-    assert again.stdout.count("importance: ") == 1
+    assert again.stdout.count("importance: ") == 1 and results(folder)["processes"] == 2
 
 
 def test_a_search_needs_optuna_the_cache_and_one_machine(command, monkeypatch, capsys):

@@ -191,6 +191,7 @@ def test_only_the_same_command_and_code_finds_its_checkpoints(no_aws, tmp_path, 
     assert folder(command) == folder(command + " ") == folder("--max_hours 9 " + command)
     others = (command + "5", command.replace("data/a", "data/b"), "--instance_count 2 " + command)
     assert len({folder(command), *map(folder, others)}) == 4
+    assert folder(command + " --n_trials 5") == folder(command + " --n_trials 50") != folder(command)
     before = folder(command)
     copy_code(tmp_path)
     monkeypatch.setattr(sm_launch, "HERE", str(tmp_path))
