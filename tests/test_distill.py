@@ -1020,6 +1020,14 @@ def alone(command, output, trial):
 def test_a_search_finds_what_its_best_trial_found(command, monkeypatch, capsys):
     predictions, predict = [], distill.predict
     monkeypatch.setattr(distill, "predict", lambda *args: predictions.append((args[3], len(args[1]))) or predict(*args))
+    losses, train = {}, distill.train
+
+    def recording_train(args, stage, *rest, **others):
+        progress = train(args, stage, *rest, **others)
+        losses[stage] = progress.best["scores"]["loss"]
+        return progress
+
+    monkeypatch.setattr(distill, "train", recording_train)
     folder = run(command("search", n_trials=7))
     out = capsys.readouterr().out
     assert [name for name, _ in predictions if "teacher" in name] == [
@@ -1052,9 +1060,10 @@ def test_a_search_finds_what_its_best_trial_found(command, monkeypatch, capsys):
     assert same_weights(folder, by_itself) and metrics(folder) == metrics(by_itself)
     assert saved["student"].keys() == results(by_itself)["student"].keys()
     assert saved["student"]["test_accuracy"] == results(by_itself)["student"]["test_accuracy"]
-    another = next(trial for trial in complete[1:] if trial is not trials[best])  # one that had trials before it
-    accuracies = [row["eval_accuracy"] for row in metrics(alone(command, "another", another)) if "eval_accuracy" in row]
-    assert accuracies == another["eval_accuracy_by_epoch"]
+    last = max(i for i, trial in enumerate(trials) if trial["state"] == "complete")  # it had others before it
+    rows = metrics(alone(command, "last", trials[last]))
+    assert [row["eval_accuracy"] for row in rows if "eval_accuracy" in row] == trials[last]["eval_accuracy_by_epoch"]
+    assert losses["student"] == pytest.approx(losses[f"trial {last}"], rel=1e-6)
 
     # The same command finds its work done; with more trials it goes on; another command is refused.
     arguments = command("search", n_trials=8)
