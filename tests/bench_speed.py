@@ -193,7 +193,6 @@ def loop_overhead(models, text, rounds=5):
     """Seconds of train()'s epoch without evaluation and files, over those of its bare steps on batches in memory."""
     argv = ["--teacher_id", models[0], "--student_id", models[1], "--dataset_id", text, "--epochs", "1"]
     args = distill.parse_args([*argv, "--batch_size", str(BATCH_SIZE), "--output_dir", os.path.join(OUTPUT, "loop")])
-    distill.quiet_libraries()
     distill.evaluate = lambda *_: {"accuracy": 0.0, "loss": 0.0}
     distill.save_model = distill.say = lambda *_: None
     with distill.process_group():
@@ -273,6 +272,7 @@ def main(argv=None):
     parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 600, help="sentences to train on")
     parser.add_argument("--sizes", default="5000,50000,500000", help="of the data sets that show how a run grows")
     args = parser.parse_args(argv)
+    distill.quiet_libraries()
     text, sizes = save_text(args.examples), [int(size) for size in args.sizes.split(",")]
     published = save_bert("bert-base", 12, 768), save_bert("bert-L2-H128", 2, 128)
     demo = save_demo("minilm-6", 6), save_demo("minilm-2", 2)
