@@ -154,7 +154,11 @@ def normalized(texts):
     """For each example, its one or two texts in lower case and evenly spaced: equal where a reader sees them equal."""
     for start in range(0, len(texts), CHUNK):
         for example in zip(*texts[start : start + CHUNK].values(), strict=True):
-            yield tuple(" ".join((text or "").lower().split()) for text in example)
+            yield tuple(normalize(text or "") for text in example)
+
+
+def normalize(text):
+    return " ".join(text.lower().split())
 
 
 def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
@@ -321,7 +325,7 @@ def read_demo(split_name):
     """A split of the Rotten Tomatoes sentences: deduplicated, shuffled with a fixed seed, cut 80/10/10."""
     if split_name not in DEMO_SPLITS:
         raise UserError(f"the demo has the splits {', '.join(DEMO_SPLITS)}, not '{split_name}'")
-    rows = list({" ".join(row["text"].lower().split()): row for row in read_reviews("rotten_tomatoes")}.values())
+    rows = list({normalize(row["text"]): row for row in read_reviews("rotten_tomatoes")}.values())
     order = np.random.default_rng(0).permutation(len(rows))
     start, end = (round(share * len(rows)) for share in DEMO_SPLITS[split_name])
     rows = [rows[i] for i in order[start:end]]
@@ -338,9 +342,8 @@ def read_demo_unlabeled(split_name):
     sentences = {}
     for row in read_reviews("imdb"):
         for sentence in re.split(r"(?:<br />)+|(?<=[.!?])\s+", row["text"]):
-            words = sentence.split()
-            if 5 <= len(words) <= 40:
-                sentences[" ".join(words).lower()] = " ".join(words)
+            if 5 <= len(sentence.split()) <= 40:
+                sentences[normalize(sentence)] = " ".join(sentence.split())
     sentences = list(sentences.values())
     try:
         parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(sentences)})
