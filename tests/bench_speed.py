@@ -3,8 +3,8 @@
     python tests/bench_speed.py
 
 The ways take turns on this machine, each run in a process of its own, with the same models, text, batch size and
-epochs. The models have the shapes of the published pair, with random weights, on which speed does not depend, and of
-the demo. The figures go into README.md, between its markers. Nothing else should run meanwhile.
+epochs, round after round. The models have the shapes of the published pair, with random weights, on which speed does
+not depend, and of the demo. The figures go into README.md, between its markers. Nothing else should run meanwhile.
 """
 
 # ruff: noqa: E402
@@ -17,7 +17,6 @@ import csv
 import datetime
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -96,8 +95,8 @@ def timed(command, threads=None):
     return time.perf_counter() - start, json.loads(finished.stdout.splitlines()[-1])
 
 
-def ours(models, text, epochs, precision="auto", ranks=None, threads=None, parts=False):
-    """Run distill.py from a clean folder. Returns the process's seconds, and those of labelling and training together.
+def ours(models, text, epochs, ranks=None, threads=None, parts=False):
+    """Run distill.py from a clean folder. Returns the process's seconds, and those of "labelling" and "training".
 
     With parts=True the second result is what `parts_of_a_run` prints instead.
     """
@@ -109,14 +108,13 @@ def ours(models, text, epochs, precision="auto", ranks=None, threads=None, parts
         "dataset_id": text,
         "epochs": epochs,
         "batch_size": BATCH_SIZE,
-        "precision": precision,
         "output_dir": folder,
     }
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     script = [os.path.abspath(__file__), "--parts"] if parts else [os.path.join(ROOT, "distill.py")]
     seconds, printed = timed([*(start if ranks else [sys.executable]), *script, *words], threads)
-    return seconds, printed if parts else sum(printed["seconds"].values())
+    return seconds, printed if parts else printed["seconds"]
 
 
 def trainers(models, text, epochs, precision, tuned):
@@ -130,17 +128,28 @@ def trainers(models, text, epochs, precision, tuned):
     return seconds, printed["seconds"]
 
 
-def comparison(title, models, text, precision):
-    """The three ways in turn, at 1, 3 and 10 epochs: rows of a table."""
+def spread(values, digits=1):
+    """The median, and in brackets the range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def comparison(title, models, text, precision, rounds):
+    """The three ways in turn, at 1, 3 and 10 epochs: rows of two tables, of training and of whole processes."""
     for epochs in (1, 3, 10):
-        mine = ours(models, text, epochs)
-        published = trainers(models, text, epochs, AS_PUBLISHED, tuned=False)
-        tuned = trainers(models, text, epochs, precision, tuned=True)
-        cells = [f"{mine[1]:.1f}"]
-        cells += [f"{theirs[1]:.1f} ({theirs[1] / mine[1]:.1f}×)" for theirs in (published, tuned)]
-        cells += [f"{mine[0]:.1f}"]
-        cells += [f"{theirs[0]:.1f} ({theirs[0] / mine[0]:.1f}×)" for theirs in (published, tuned)]
-        yield [title, str(epochs), *cells]
+        runs = []  # a round's [training, process] seconds of each way
+        for _ in range(rounds):
+            process, seconds = ours(models, text, epochs)
+            runs.append([(sum(seconds.values()), process)])
+            for its_precision, tuned in ((AS_PUBLISHED, False), (precision, True)):
+                runs[-1].append(trainers(models, text, epochs, its_precision, tuned)[::-1])
+        rows = []
+        for kind in (0, 1):
+            mine, published, tuned = zip(*([way[kind] for way in run] for run in runs), strict=True)
+            ratios = [spread([b / a for a, b in zip(mine, theirs, strict=True)]) for theirs in (published, tuned)]
+            rows.append(
+                [title, str(epochs), *(f"{statistics.median(way):.1f}" for way in (mine, published, tuned)), *ratios]
+            )
+        yield rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,11 +195,14 @@ def parts_of_a_run(argv):
     clock(distill, "model_digest", "digests")
     clock(distill, "finish", "results and card")
     distill.main(argv)
-    print(json.dumps({"seconds": seconds, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    # Not getrusage's ru_maxrss: a process starts out with its parent's.
+    with open("/proc/self/status", encoding="ascii") as status:
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+    print(json.dumps({"seconds": seconds, "peak": 1024 * peak}))
 
 
-def loop_overhead(models, text, rounds=5):
-    """Seconds of train()'s epoch without evaluation and files, over those of its bare steps on batches in memory."""
+def loop_overhead(models, text, rounds=15):
+    """train()'s epoch without evaluation and files, against its bare steps on batches in memory: ratios of seconds."""
     argv = ["--teacher_id", models[0], "--student_id", models[1], "--dataset_id", text, "--epochs", "1"]
     args = distill.parse_args([*argv, "--batch_size", str(BATCH_SIZE), "--output_dir", os.path.join(OUTPUT, "loop")])
     distill.evaluate = lambda *_: {"accuracy": 0.0, "loss": 0.0}
@@ -227,7 +239,7 @@ def loop_overhead(models, text, rounds=5):
             ).seconds
 
         bare(), whole()  # warm up
-        return statistics.median(whole() / bare() for _ in range(rounds))
+        return [whole() / bare() for _ in range(rounds)]
 
 
 def padding(text):
@@ -240,22 +252,38 @@ def padding(text):
         return 1 - int(tokens.lengths.sum()) / computed
 
     return (
-        share(data.prediction_batches(tokens.lengths, 8192 if ON_GPU else 1024)),
+        share(data.prediction_batches(tokens.lengths, distill.PREDICTION_TOKENS["cuda" if ON_GPU else "cpu"])),
         share(data.training_batches(tokens.lengths, BATCH_SIZE, 0, 0)),
         share(torch.randperm(len(tokens)).split(BATCH_SIZE)),
     )
 
 
 def growth(models, sizes):
-    """Rows of a table: seconds and bytes of memory that each further example takes."""
+    """Rows of a table: seconds and bytes of memory of a whole run, and what each further example takes."""
     before = None
     for size in sizes:
         _, parts = ours(models, save_text(size), 1, parts=True)
-        fixed = ("imports", "loading models")
-        seconds = sum(value for name, value in parts["seconds"].items() if name not in fixed)
-        memory = f"{(parts['peak'] - before[1]) / (size - before[0]):,.0f}" if before else ""
-        yield [f"{size:,}", f"{seconds:.1f}", f"{1e6 * seconds / size:.0f}", f"{parts['peak'] / 1e6:,.0f}", memory]
-        before = size, parts["peak"]
+        seconds, peak = sum(parts["seconds"].values()), parts["peak"]
+        further = ["", ""]
+        if before:
+            further = [
+                f"{(now - then) / (size - before[0]):.0f}"
+                for now, then in ((1e6 * seconds, 1e6 * before[1]), (peak, before[2]))
+            ]
+        yield [f"{size:,}", f"{seconds:.1f}", further[0], f"{peak / 1e6:,.0f}", further[1]]
+        before = size, seconds, peak
+
+
+def two_ranks(models, text, rounds):
+    """Rows of a table: how many times as fast two processes of one thread are as one of one thread."""
+    runs = [[ours(models, text, 3, ranks=ranks, threads=1)[1] for ranks in (1, 2)] for _ in range(rounds)]
+    for part in ("labelling", "training"):
+        one, two = [[run[i][part] for run in runs] for i in (0, 1)]
+        yield [
+            part,
+            *(f"{statistics.median(way):.1f}" for way in (one, two)),
+            spread([a / b for a, b in zip(one, two, strict=True)], 2),
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,12 +292,15 @@ def growth(models, sizes):
 
 def table(header, rows):
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(text, flush=True)
+    return text
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 600, help="sentences to train on")
+    parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 400, help="sentences to train on")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each comparison is made")
     parser.add_argument("--sizes", default="5000,50000,500000", help="of the data sets that show how a run grows")
     args = parser.parse_args(argv)
     distill.quiet_libraries()
@@ -279,44 +310,57 @@ def main(argv=None):
     tiny = (save_bert("tiny", 1, 64),) * 2
     precision = distill.choose_precision("auto", distill.choose_device())
 
-    header = ["models", "epochs", "ours s", "as published", "tuned", "whole process: ours s", "as published", "tuned"]
-    rows = []
+    header = ["models", "epochs", "ours s", "as published s", "tuned s", "as published / ours", "tuned / ours"]
+    pairs = []
     for title, models in (("BERT-base → L2 H128", published), ("demo: 6 → 2 layers", demo)):
-        for row in comparison(title, models, text, precision):
-            print(" | ".join(row), flush=True)
-            rows.append(row)
-    speed = table(header, rows)
+        for pair in comparison(title, models, text, precision, args.rounds):
+            print(*pair, sep="\n", flush=True)
+            pairs.append(pair)
+    training, process = [table(header, rows) for rows in zip(*pairs, strict=True)]
 
     seconds = ours(published, text, 3, parts=True)[1]["seconds"]
     total = sum(seconds.values())
     parts = sorted(seconds.items(), key=lambda part: -part[1])
     parts = table(["part", "s", "share"], [[name, f"{s:.2f}", f"{s / total:.1%}"] for name, s in parts])
-    print(parts, flush=True)
-    grown = table(["examples", "s", "µs an example", "peak MB", "bytes a further one"], growth(tiny, sizes))
-    print(grown, flush=True)
-    one, two = [ours(demo, text, 3, ranks=ranks, threads=1)[1] for ranks in (1, 2)]
-    overheads = [loop_overhead(models, text) for models in (published, demo)]
-    labelling, training, random = padding(text)
+    ranks = table(["", "1 rank s", "2 ranks s", "times as fast"], two_ranks(published, text, args.rounds))
+    grown = table(["examples", "s", "µs a further one", "peak MB", "bytes a further one"], growth(tiny, sizes))
+    overheads = [spread(loop_overhead(models, text), 2) for models in (published, demo)]
+    paddings = table(
+        ["share of padding", "labelling", "training", "random batches"],
+        [
+            [f"{name} sentences", *(f"{share:.1%}" for share in padding(folder))]
+            for name, folder in ((f"{args.examples:,}", text), ("the demo's 6,824", save_text(6824)))
+        ],
+    )
 
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
-    report = f"""{speed}
+    report = f"""Seconds of training (ours: and of the teacher's labelling), with an evaluation after every epoch:
 
-- Seconds of training: ours with the teacher's labelling, all with an evaluation after every epoch; then of the whole
-  process. In brackets: how often ours fits into it. {args.examples:,} sentences in batches of {BATCH_SIZE};
-  ours in {precision}.
-- As published: a `Trainer` with the teacher in its loss ([tests/trainer_way.py](tests/trainer_way.py)), in
-  {AS_PUBLISHED}. Tuned: in {precision}, batches grouped by length, no optimizer in its checkpoints.
-- Padding among the tokens computed: {labelling:.1%} in labelling, {training:.1%} in training ({random:.1%} in random
-  batches).
-- An epoch of `train` takes {overheads[0]:.2f} times (BERT) and {overheads[1]:.2f} times (demo) the seconds of bare
-  forward, backward, clip and step on batches that are in memory.
-- Two processes of one thread each are {one / two:.2f} times as fast as one (the demo's models, 3 epochs).
+{training}
+
+Seconds of the whole process, from `python` to its end:
+
+{process}
+
+- {args.examples:,} sentences in batches of {BATCH_SIZE}, ours in {precision}. Medians of {args.rounds} rounds; ratios
+  with their range.
+- As published: a `Trainer` with the teacher in its loss, in evaluation too
+  ([tests/trainer_way.py](tests/trainer_way.py)), in {AS_PUBLISHED}. Tuned: in {precision}, batches grouped by length,
+  no optimizer in its checkpoints.
+- An epoch of `train` takes {overheads[0]} times (BERT) and {overheads[1]} times (demo) the seconds of bare forward,
+  backward, clip and step on batches in memory.
+
+{paddings}
 
 Where the time of the first models' run of 3 epochs goes:
 
 {parts}
 
-How a run grows, with teacher and student of one layer of 64 (without imports and loading models):
+Its labelling and training with one thread a rank, over gloo:
+
+{ranks}
+
+How a run grows, with teacher and student of one layer of 64, 1 epoch:
 
 {grown}
 
