@@ -334,7 +334,11 @@ def main(argv=None):
     )
 
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
-    report = f"""Seconds of training (ours: and of the teacher's labelling), with an evaluation after every epoch:
+    _, epochs, *_, by_published, by_tuned = [cell.split()[0] for cell in pairs[2][0]]
+    report = f"""**{epochs} epochs of the published shapes: {by_published} times as fast as the published way,
+{by_tuned} times as fast as that way tuned.**
+
+Seconds of training (ours: and of the teacher's labelling), with an evaluation after every epoch:
 
 {training}
 
