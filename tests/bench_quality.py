@@ -65,23 +65,20 @@ def best_on_eval(epochs, pool):
     return max(zip(scores, GRID, strict=True), key=lambda pair: (pair[0]["eval_accuracy"], -pair[0]["eval_loss"]))[1]
 
 
-def settings(rows, epochs, pool):
+def settings(args, pool):
     """The table's rows: title -> (name, flags). Text without labels takes the place of epochs: steps stay the same."""
-    plans = {"labels alone (alpha 1)": ("alone", {"epochs": epochs, "alpha": 1.0})}
-    if "teacher" in rows:
-        plans["labels and teacher (alpha 0.5, T 4)"] = ("distilled", {"epochs": epochs})
-    if "best" in rows:
-        alpha, temperature = best_on_eval(epochs, pool)
-        title = f"labels and teacher (alpha {alpha:g}, T {temperature:g}: the best of {len(GRID)} on eval)"
-        plans[title] = ("best", {"epochs": epochs, "alpha": alpha, "temperature": temperature})
-    if "unlabeled" in rows:
-        for fewer in (fewer for fewer in (5, 2, 1) if epochs % fewer == 0 and fewer < epochs):
-            count = LABELLED * epochs // fewer - LABELLED
-            flags = {"epochs": fewer, "unlabeled_id": "demo", "unlabeled_split": f"train[:{count}]"}
-            plans[f"labels, teacher (alpha 0.5, T 4) and {count:,} sentences without labels"] = (
-                f"unlabeled{count}",
-                flags,
-            )
+    alpha, temperature = best_on_eval(args.epochs, pool)
+    best = f"labels and teacher (alpha {alpha:g}, T {temperature:g}: the best of {len(GRID)} on eval)"
+    plans = {
+        "labels alone (alpha 1)": ("alone", {"epochs": args.epochs, "alpha": 1.0}),
+        "labels and teacher (alpha 0.5, T 4)": ("distilled", {"epochs": args.epochs}),
+        best: ("best", {"epochs": args.epochs, "alpha": alpha, "temperature": temperature}),
+    }
+    for count in args.unlabeled:
+        epochs = round(args.epochs * LABELLED / (LABELLED + count))
+        flags = {"epochs": epochs, "unlabeled_id": "demo", "unlabeled_split": f"train[:{count}]"}
+        title = f"labels, teacher (alpha 0.5, T 4) and {count:,} sentences without labels"
+        plans[title] = (f"unlabeled{count}", flags)
     return plans
 
 
@@ -110,7 +107,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="runs a row (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="where no text is added (default: %(default)s)")
-    parser.add_argument("--rows", default="teacher,best,unlabeled", help="beside the control (default: %(default)s)")
+    parser.add_argument(
+        "--unlabeled", type=int, nargs="*", default=[27296], help="rows with so many sentences (default: %(default)s)"
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.seeds < 2:
@@ -121,7 +120,7 @@ def main(argv=None):
     teacher = run("teacher", 33, epochs=1)["teacher"]
 
     with ThreadPoolExecutor(args.processes) as pool:
-        plans = settings(args.rows.split(","), args.epochs, pool)
+        plans = settings(args, pool)
         futures = [
             [pool.submit(run, name, seed, **flags) for seed in range(1, args.seeds + 1)]
             for name, flags in plans.values()
