@@ -349,8 +349,8 @@ Seconds of the whole process, from `python` to its end:
 - {args.examples:,} sentences in batches of {BATCH_SIZE}, ours in {precision}. Medians of {args.rounds} rounds; ratios
   with their range.
 - As published: a `Trainer` with the teacher in its loss, in evaluation too
-  ([tests/trainer_way.py](tests/trainer_way.py)), in {AS_PUBLISHED}. Tuned: in {precision}, batches grouped by length,
-  no optimizer in its checkpoints.
+  ([tests/trainer_way.py](tests/trainer_way.py)), in {AS_PUBLISHED}. Tuned: student and teacher in
+  {precision}, batches grouped by length, no optimizer in its checkpoints.
 - An epoch of `train` takes {overheads[0]} times (BERT) and {overheads[1]} times (demo) the seconds of bare forward,
   backward, clip and step on batches in memory.
 

@@ -6,6 +6,7 @@ T and S are local folders, FOLDER one of train.csv and validation.csv. The last 
 """
 
 import argparse
+import contextlib
 import json
 import time
 
@@ -25,15 +26,17 @@ from transformers import (
 class DistillationTrainer(Trainer):
     """Trainer for a student, with alpha · CE + (1 − alpha) · T² · KL as its loss."""
 
-    def __init__(self, *args, teacher, alpha, temperature, **kwargs):
+    def __init__(self, *args, teacher, alpha, temperature, tuned=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval()
         self.alpha, self.temperature = alpha, temperature
+        # Today's Trainer autocasts the model that it trains, and no other: a teacher stays in fp32 unless asked for.
+        self.teacher_autocast = self.accelerator.autocast if tuned else contextlib.nullcontext
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)  # with labels among the inputs, its loss is the cross-entropy
-        with torch.no_grad():
-            teacher_logits = self.teacher(**inputs).logits
+        with torch.no_grad(), self.teacher_autocast():
+            teacher_logits = self.teacher(**inputs).logits.float()
         soft = F.kl_div(
             F.log_softmax(outputs.logits / self.temperature, dim=-1),
             F.softmax(teacher_logits / self.temperature, dim=-1),
@@ -76,6 +79,7 @@ def main(argv=None):
         teacher=teacher,
         alpha=0.5,
         temperature=4.0,
+        tuned=args.tuned,
         args=TrainingArguments(
             args.output_dir,
             num_train_epochs=args.epochs,
