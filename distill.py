@@ -266,11 +266,12 @@ def broadcast(value):
     torch.save(value, file)
     size = torch.tensor(file.tell())
     dist.broadcast(size, 0)
-    content = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-    if dist.get_rank() > 0:
-        content = torch.empty(size, dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0)
+        return value
+    content = torch.empty(size, dtype=torch.uint8)
     dist.broadcast(content, 0)
-    return value if dist.get_rank() == 0 else torch.load(io.BytesIO(content.numpy()), weights_only=False)
+    return torch.load(io.BytesIO(content.numpy()), weights_only=False)
 
 
 def choose_precision(precision, device):

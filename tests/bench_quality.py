@@ -136,7 +136,7 @@ def main(argv=None):
     steps = args.epochs * math.ceil(LABELLED / flags["batch_size"])
     text += f"""
 
-- Mean ± standard deviation of {args.seeds} seeds. Every row takes {steps:,} steps (or up to 3 less)
+- Mean ± standard deviation of {args.seeds} seeds. Every row takes about {steps:,} steps
   of {flags["batch_size"]} at a learning rate of {flags["learning_rate"]:g}.
 - One teacher for all: {100 * teacher["test_accuracy"]:.2f}% right on the {test} test sentences.
 - Against labels alone: the mean difference between runs of the same seed and its 95% interval (Student's t). The
