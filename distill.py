@@ -957,7 +957,7 @@ def train(
 # The teacher: fine-tuned if asked for, then its labels
 
 
-def fine_tune_teacher(args, task, tokens, labels, checkpoint):
+def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
     """Train the teacher on the true labels alone, or take it from its folder if the same training has left it there."""
     labelled = labelled_count(labels)
     tokens = {**tokens, "train": tokens["train"].first(labelled)}
@@ -970,7 +970,7 @@ def fine_tune_teacher(args, task, tokens, labels, checkpoint):
     key = {
         **{name: getattr(args, name) for name in (*names, "precision", "compile")},
         "processes": dist.get_world_size(),
-        "weights": model_digest(task.teacher),
+        "weights": teacher_digest,
         "data": [[digest([labels[role]]), tokens_digest(tokens[role])] for role in ("train", "eval")],
     }
     key_file = os.path.join(folder, "key.json")
@@ -985,13 +985,12 @@ def fine_tune_teacher(args, task, tokens, labels, checkpoint):
     return task.teacher
 
 
-def label(args, teacher, tokens, roles):
+def label(args, teacher, teacher_digest, tokens, roles):
     """The teacher's logits by role: from the cache, else computed, once, and cached.
 
     Each split is cached under a key of everything that its logits depend on.
     """
     path = os.path.join(args.checkpoint_dir, "teacher_logits.safetensors")
-    teacher_digest = model_digest(teacher)
     keys = {
         role: {"teacher": teacher_digest, "text": tokens_digest(split), "precision": args.precision}
         for role, split in tokens.items()
@@ -1461,15 +1460,17 @@ def run(args):
     parameters = {"teacher": parameter_count(teacher), "student": parameter_count(student)}
 
     # 2. The teacher: fine-tuned if asked for, frozen, then its labels.
+    teacher_digest = identity["digest of the teacher"]
     if args.teacher_epochs:
-        teacher = fine_tune_teacher(args, task, teacher_tokens, labels, checkpoint).to(device)
+        teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
+        teacher_digest = model_digest(teacher)
         if args.student_id == "teacher":
             student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
     labels_needed = args.alpha < 1 or args.n_trials > 0
     live_teacher = (teacher, teacher_tokens["train"]) if labels_needed and not args.cache_teacher else None
     roles = [role for role in labels if role != "train" or (labels_needed and args.cache_teacher)]
     start = time.perf_counter()
-    teacher_logits = label(args, teacher, teacher_tokens, roles)
+    teacher_logits = label(args, teacher, teacher_digest, teacher_tokens, roles)
     teacher.requires_grad_(False)  # not before: autocast keeps its half-precision copies of trainable weights only
     seconds = {"labelling": time.perf_counter() - start}
     scored = [role for role in labels if role != "train"]
@@ -1524,6 +1525,7 @@ def finish(args, task, scores, seconds, parameters, device, found):
 def main(argv=None):
     args = parse_args(argv)
     quiet_libraries()
+    torch.serialization.set_crc32_options(False)  # half of torch.save's time, and torch.load does not look at them
     with process_group():
         try:
             run(args)
