@@ -785,6 +785,36 @@ def restore(checkpoint, stage, model, optimizer, scaler, device):
 LOG_STEPS = 50  # the device is asked for the loss no more often than this: each time, the host has to wait for it
 
 
+class LossMeter:
+    """An epoch's losses, added up on the device until they are read."""
+
+    def __init__(self, device):
+        self.epoch_sum, self.epoch_steps = 0.0, 0
+        self.sums = torch.zeros(3, device=device)  # total, hard and soft loss
+        self.start_over()
+
+    def start_over(self):
+        self.sums.zero_()
+        self.steps = self.examples = 0
+        self.start = time.perf_counter()
+
+    def add(self, losses, examples):
+        """A step's [total, hard, soft] loss of this rank, and the number of examples of all ranks."""
+        self.sums += losses
+        self.steps += 1
+        self.examples += examples
+
+    def read(self):
+        """All ranks together: the mean losses and the speed since the last reading, as metrics.jsonl names them."""
+        dist.all_reduce(self.sums)
+        total, hard, soft = (self.sums / self.steps).tolist()
+        speed = self.examples / (time.perf_counter() - self.start)
+        self.epoch_sum += total * self.steps
+        self.epoch_steps += self.steps
+        self.start_over()
+        return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
+
+
 def training_step(student, optimizer, scaler, inputs, labels, teacher_logits, counts, args):
     """One step of distillation on this rank's part of a batch.
 
@@ -871,15 +901,13 @@ def train(
     if world_size > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
 
-    losses = torch.zeros(3, device=device)  # summed since they were last logged
     bad_steps = torch.zeros((), device=device)  # in a row, their gradient not finite
     patience = 20 if scaler.is_enabled() else 1  # the scaler leaves such steps out and tries a smaller scale
     start = time.perf_counter() - progress.seconds
     for epoch in range(progress.epoch, args.epochs):
         batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)[progress.batch :]
         parts = [whole[rank::world_size] for whole in batches]
-        examples, logged_step, logged_time = 0, progress.step, time.perf_counter()
-        epoch_loss, first_step = 0.0, progress.step
+        meter = LossMeter(device)
         model.train()
         with progress_bar(sum(map(len, batches)), f"{stage}, epoch {epoch + 1}/{args.epochs}") as bar:
             for whole, part, (rows, inputs) in zip(batches, parts, tokens["train"].batches(parts), strict=True):
@@ -887,14 +915,13 @@ def train(
                     group["lr"] = learning_rate_at(progress.step, steps, args)
                 counts = {"example_count": len(whole), "label_count": int((host_labels[whole] != NO_LABEL).sum())}
                 answers = soft_labels(teacher, teacher_logits, part, rows, args.precision)
-                part_losses, grad_norm = training_step(
+                losses, grad_norm = training_step(
                     wrapped, optimizer, scaler, inputs, labels["train"][rows], answers, counts, args
                 )
-                losses += part_losses
+                meter.add(losses, len(whole))
                 bad_steps = torch.where(grad_norm.isfinite(), 0, bad_steps + 1)
                 progress.step += 1
                 progress.batch += 1
-                examples += len(whole)
                 bar.update(len(whole))
 
                 ended = progress.batch == steps_per_epoch  # its checkpoint follows the evaluation
@@ -904,22 +931,9 @@ def train(
                         raise UserError(
                             f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
                         )
-                    dist.all_reduce(losses)
-                    total, hard, soft = (losses / (progress.step - logged_step)).tolist()
-                    epoch_loss += total * (progress.step - logged_step)
-                    losses.zero_()
-                    row = {
-                        "step": progress.step,
-                        "epoch": epoch + 1,
-                        "loss": total,
-                        "hard_loss": hard,
-                        "soft_loss": soft,
-                    }
-                    row["learning_rate"] = optimizer.param_groups[0]["lr"]
-                    row["examples_per_second"] = examples / (time.perf_counter() - logged_time)
-                    metrics.write(row, progress.step)
-                    bar.set_postfix(loss=f"{total:.4f}")
-                    examples, logged_step, logged_time = 0, progress.step, time.perf_counter()
+                    row = {"step": progress.step, "epoch": epoch + 1, **meter.read()}
+                    metrics.write({**row, "learning_rate": optimizer.param_groups[0]["lr"]}, progress.step)
+                    bar.set_postfix(loss=f"{row['loss']:.4f}")
                 if save_now:
                     progress.seconds = time.perf_counter() - start
                     save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
@@ -931,7 +945,7 @@ def train(
         best = progress.best["scores"] if progress.best else None
         better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
         say(
-            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {epoch_loss / (progress.step - first_step):.4f}; "
+            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {meter.epoch_sum / meter.epoch_steps:.4f}; "
             + ", ".join(f"eval {name} {scores[name]:.4f}" for name in scores)
             + (" (best so far)" if better else "")
         )

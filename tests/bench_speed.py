@@ -95,7 +95,7 @@ def timed(command, threads=None):
     return time.perf_counter() - start, json.loads(finished.stdout.splitlines()[-1])
 
 
-def ours(models, text, epochs, ranks=None, threads=None, parts=False):
+def ours(models, text, epochs, batch_size=BATCH_SIZE, ranks=None, threads=None, parts=False):
     """Run distill.py from a clean folder. Returns the process's seconds, and those of "labelling" and "training".
 
     With parts=True the second result is what `parts_of_a_run` prints instead.
@@ -107,7 +107,7 @@ def ours(models, text, epochs, ranks=None, threads=None, parts=False):
         "student_id": models[1],
         "dataset_id": text,
         "epochs": epochs,
-        "batch_size": BATCH_SIZE,
+        "batch_size": batch_size,
         "output_dir": folder,
     }
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
@@ -276,11 +276,15 @@ def growth(models, sizes):
 
 def two_ranks(models, text, rounds):
     """Rows of a table: how many times as fast two processes of one thread are as one of one thread."""
-    runs = [[ours(models, text, 3, ranks=ranks, threads=1)[1] for ranks in (1, 2)] for _ in range(rounds)]
-    for part in ("labelling", "training"):
-        one, two = [[run[i][part] for run in runs] for i in (0, 1)]
+    default = distill.parse_args([]).batch_size
+    runs = {
+        size: [[ours(models, text, 3, size, ranks, threads=1)[1] for ranks in (1, 2)] for _ in range(rounds)]
+        for size in (BATCH_SIZE, default)
+    }
+    for part, size in (("labelling", default), ("training", BATCH_SIZE), ("training", default)):
+        one, two = [[run[i][part] for run in runs[size]] for i in (0, 1)]
         yield [
-            part,
+            part if part == "labelling" else f"{part}, batches of {size}",
             *(f"{statistics.median(way):.1f}" for way in (one, two)),
             spread([a / b for a, b in zip(one, two, strict=True)], 2),
         ]
