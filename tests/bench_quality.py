@@ -68,7 +68,8 @@ def best_on_eval(epochs, pool):
 def settings(args, pool):
     """The table's rows: title -> (name, flags). Text without labels takes the place of epochs: steps stay the same."""
     alpha, temperature = best_on_eval(args.epochs, pool)
-    best = f"labels and teacher (alpha {alpha:g}, T {temperature:g}: the best of {len(GRID)} on eval)"
+    who = "labels and teacher" if alpha else "teacher alone"
+    best = f"{who} (alpha {alpha:g}, T {temperature:g}: the best of {len(GRID)} on eval)"
     plans = {
         "labels alone (alpha 1)": ("alone", {"epochs": args.epochs, "alpha": 1.0}),
         "labels and teacher (alpha 0.5, T 4)": ("distilled", {"epochs": args.epochs}),
@@ -90,16 +91,16 @@ def cells(runs, control):
     ]
     of_teacher = statistics.mean(accuracy) / runs[0]["teacher"]["test_accuracy"]
     if runs is control:
-        return [spread(accuracy), f"{of_teacher:.1f}", spread(agreement), "–", "–"]
+        return [mean_and_sd(accuracy), f"{of_teacher:.1f}", mean_and_sd(agreement), "–", "–"]
     differences = [ours - theirs for ours, theirs in zip(accuracy, control_accuracy, strict=True)]
     mean = statistics.mean(differences)
     half = scipy.stats.t.ppf(0.975, len(runs) - 1) * statistics.stdev(differences) / math.sqrt(len(runs))
     verdict = "better" if mean > half else "worse" if mean < -half else "not told apart"
     interval = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
-    return [spread(accuracy), f"{of_teacher:.1f}", spread(agreement), interval, verdict]
+    return [mean_and_sd(accuracy), f"{of_teacher:.1f}", mean_and_sd(agreement), interval, verdict]
 
 
-def spread(values):
+def mean_and_sd(values):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
@@ -128,11 +129,10 @@ def main(argv=None):
         rows = [[future.result() for future in row] for row in tqdm(futures, desc="rows")]
 
     header = ["student", "test accuracy %", "% of the teacher's", "agreement %", "against labels alone", "verdict"]
-    lines = [header, ["---"] + ["---:"] * 4 + ["---"]]
-    lines += [[title, *cells(runs, rows[0])] for title, runs in zip(plans, rows, strict=True)]
+    lines = [[title, *cells(runs, rows[0])] for title, runs in zip(plans, rows, strict=True)]
     first = rows[0][0]
     test, flags, versions = first["examples"]["test"], first["arguments"], first["versions"]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = bench.table([dict(zip(header, line, strict=True)) for line in lines])
     steps = args.epochs * math.ceil(LABELLED / flags["batch_size"])
     text += f"""
 
@@ -140,7 +140,7 @@ def main(argv=None):
   of {flags["batch_size"]} at a learning rate of {flags["learning_rate"]:g}.
 - One teacher for all: {100 * teacher["test_accuracy"]:.2f}% right on the {test} test sentences.
 - Against labels alone: the mean difference between runs of the same seed and its 95% interval (Student's t). The
-  interval is for the chance in training; how other test sentences would turn out is not in it.
+  interval covers the randomness of training only, not that of the choice of test sentences.
 - {datetime.date.today()}, {first["device"]}, {args.processes} runs at a time of {first["threads"]} threads each,
   {flags["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
   `{" ".join(["python tests/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])}`

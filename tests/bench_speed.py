@@ -128,8 +128,8 @@ def trainers(models, text, epochs, precision, tuned):
     return seconds, printed["seconds"]
 
 
-def spread(values, digits=1):
-    """The median, and in brackets the range."""
+def median_and_range(values, digits=1):
+    """As text, the range in brackets."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
@@ -145,7 +145,9 @@ def comparison(title, models, text, precision, rounds):
         rows = []
         for kind in (0, 1):
             mine, published, tuned = zip(*([way[kind] for way in run] for run in runs), strict=True)
-            ratios = [spread([b / a for a, b in zip(mine, theirs, strict=True)]) for theirs in (published, tuned)]
+            ratios = [
+                median_and_range([b / a for a, b in zip(mine, theirs, strict=True)]) for theirs in (published, tuned)
+            ]
             rows.append(
                 [title, str(epochs), *(f"{statistics.median(way):.1f}" for way in (mine, published, tuned)), *ratios]
             )
@@ -286,7 +288,7 @@ def two_ranks(models, text, rounds):
         yield [
             part if part == "labelling" else f"{part}, batches of {size}",
             *(f"{statistics.median(way):.1f}" for way in (one, two)),
-            spread([a / b for a, b in zip(one, two, strict=True)], 2),
+            median_and_range([a / b for a, b in zip(one, two, strict=True)], 2),
         ]
 
 
@@ -295,8 +297,7 @@ def two_ranks(models, text, rounds):
 
 
 def table(header, rows):
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = bench.table([dict(zip(header, row, strict=True)) for row in rows])
     print(text, flush=True)
     return text
 
@@ -326,9 +327,11 @@ def main(argv=None):
     total = sum(seconds.values())
     parts = sorted(seconds.items(), key=lambda part: -part[1])
     parts = table(["part", "s", "share"], [[name, f"{s:.2f}", f"{s / total:.1%}"] for name, s in parts])
-    ranks = table(["", "1 rank s", "2 ranks s", "times as fast"], two_ranks(published, text, args.rounds))
+    ranks = "one GPU only"
+    if not ON_GPU or torch.cuda.device_count() > 1:
+        ranks = table(["", "1 rank s", "2 ranks s", "times as fast"], two_ranks(published, text, args.rounds))
     grown = table(["examples", "s", "µs a further one", "peak MB", "bytes a further one"], growth(tiny, sizes))
-    overheads = [spread(loop_overhead(models, text), 2) for models in (published, demo)]
+    overheads = [median_and_range(loop_overhead(models, text), 2) for models in (published, demo)]
     paddings = table(
         ["share of padding", "labelling", "training", "random batches"],
         [
@@ -338,15 +341,17 @@ def main(argv=None):
     )
 
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
-    _, epochs, *_, by_published, by_tuned = [cell.split()[0] for cell in pairs[2][0]]
-    report = f"""**{epochs} epochs of the published shapes: {by_published} times as fast as the published way,
-{by_tuned} times as fast as that way tuned.**
+    ratios = [", ".join(pair[kind][column].split()[0] for pair in pairs[:3]) for kind in (0, 1) for column in (5, 6)]
+    report = f"""**At 1, 3 and 10 epochs of the published shapes training is {ratios[0]} times as fast
+as the published way ({AS_PUBLISHED}; ours {precision}) and {ratios[1]} times as fast as that way tuned ({precision});
+whole processes are {ratios[2]} and {ratios[3]} times as fast.**
 
-Seconds of training (ours: and of the teacher's labelling), with an evaluation after every epoch:
+Seconds of training, from models and tokens in memory to the saved student, with an evaluation after every epoch; ours
+include the teacher's labelling:
 
 {training}
 
-Seconds of the whole process, from `python` to its end:
+Seconds of the whole process, with imports, reading and loading:
 
 {process}
 
@@ -354,26 +359,27 @@ Seconds of the whole process, from `python` to its end:
   with their range.
 - As published: a `Trainer` with the teacher in its loss, in evaluation too
   ([tests/trainer_way.py](tests/trainer_way.py)), in {AS_PUBLISHED}. Tuned: student and teacher in
-  {precision}, batches grouped by length, no optimizer in its checkpoints.
-- An epoch of `train` takes {overheads[0]} times (BERT) and {overheads[1]} times (demo) the seconds of bare forward,
-  backward, clip and step on batches in memory.
+  {precision}, 50 batches at a time sorted by length, no optimizer in its checkpoints.
+- Without evaluation and files, an epoch of `train` takes {overheads[0]} times (BERT) and {overheads[1]} times (demo)
+  as long as bare forward, backward, clip and step on batches in memory (15 rounds).
 
 {paddings}
 
-Where the time of the first models' run of 3 epochs goes:
+Where the time goes, BERT-base → L2 H128, 3 epochs, one run:
 
 {parts}
 
-Its labelling and training with one thread a rank, over gloo:
+The same on one process and on two, {"each with its GPU" if ON_GPU else "each with one thread"}:
 
 {ranks}
 
-How a run grows, with teacher and student of one layer of 64, 1 epoch:
+How time and memory grow with the data (teacher and student: one layer, 64 wide; 1 epoch):
 
 {grown}
 
 - {datetime.date.today()}, {device}, torch {torch.__version__}, transformers {transformers.__version__}:
-  `{" ".join(["python tests/bench_speed.py", *(sys.argv[1:] if argv is None else argv)])}`
+  `{" ".join(["python tests/bench_speed.py", *(sys.argv[1:] if argv is None else argv)])}`,
+  {(time.perf_counter() - BEGIN) / 60:.0f} minutes
 """
     print(report)
     bench.put_into_card(report, os.path.join(ROOT, "README.md"), "speed")

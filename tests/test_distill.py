@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -573,7 +574,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, capsys, monkeypatch):
     state = torch.load(f"{output_of(arguments)}/checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 9 and all(tensor.isfinite().all() for tensor in state["model"].values())
     monkeypatch.setattr(distill, "training_step", step)
-    assert same_weights(run(arguments), run(command("undisturbed")))  # and it can be continued
+
+    def printed(arguments):
+        run(arguments)
+        return re.findall(r"student, epoch [23].*", capsys.readouterr().out)
+
+    # And it can be continued: in the middle of the second epoch, whose mean loss is printed.
+    assert printed(arguments) == printed(command("undisturbed")) != []
+    assert same_weights(output_of(arguments), output_of(command("undisturbed")))
 
 
 def test_one_skipped_fp16_step_does_not_stop_the_run(command, monkeypatch):
@@ -706,6 +714,10 @@ def test_data_errors_end_the_run_before_anything_is_written(command, capsys, wri
 def test_the_output_does_not_overwrite_its_input(command, capsys):
     arguments = command("student", student_id=output_of(command("student")))
     assert "would be overwritten" in refused(arguments, capsys)
+    folder = output_of(command("run"))
+    shutil.copytree(command("run")[1], f"{folder}/teacher")
+    assert "would be overwritten" in refused(command("run", teacher_id=f"{folder}/teacher", teacher_epochs=1), capsys)
+    run(command("run", teacher_id=f"{folder}/teacher", epochs=1))  # writes no teacher
 
 
 # --- against a stand-in for the Hub, with the real clients ------------------------------------------------------------
