@@ -795,6 +795,15 @@ def test_the_published_command_line_and_a_push(hub, tmp_path):
     assert hidden.returncode == 2 and "labels of -1" in hidden.stderr
 
 
+def test_a_run_that_ends_while_it_pushes_need_not_train_again(command, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    monkeypatch.setattr(distill, "push", lambda args: distill.fail("stopped here"))
+    assert "stopped here" in refused(command("run", hub_model_id="me/student"), capsys)
+    monkeypatch.setattr(distill, "push", lambda args: None)
+    monkeypatch.setattr(distill, "training_step", None)
+    assert not os.path.exists(f"{run(command('run', hub_model_id='me/student'))}/checkpoint.pt")
+
+
 def test_a_push_without_token_is_refused_before_the_work(command, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert "HF_TOKEN" in refused(command("run", hub_model_id="me/student"), capsys)
