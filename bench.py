@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 import re
 import shlex
 import statistics
@@ -123,9 +124,6 @@ def check_before_start(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
 
-# The names of the instructions in torch.cpu.get_capabilities(); the last of each is Arm's.
-CPU_ARITHMETIC = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
-
 
 def choose_device(args):
     """The device, and its name. Raises UserError where there is none, or none with arithmetic in each --precision.
@@ -135,13 +133,13 @@ def choose_device(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
+    lacks = set() if distill.multiplies_bf16(device) else {"bf16"}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        lacks = set() if torch.cuda.is_bf16_supported(including_emulation=False) else {"bf16"}
     else:
-        cpu = torch.cpu.get_capabilities()
-        name = cpu.get("cpu_name", cpu["architecture"])
-        lacks = {kind for kind, names in CPU_ARITHMETIC.items() if not any(map(cpu.get, names))}
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function
+        name = capabilities().get("cpu_name", platform.machine())
+        lacks |= set() if torch.ops.mkldnn._is_mkldnn_fp16_supported() else {"fp16"}
     for precision in args.precision:
         if precision in lacks:
             raise UserError(f"{name} has no arithmetic in {precision}: leave it out of --precision")
@@ -473,8 +471,6 @@ def put_into_card(text, path, name="bench"):
 
 
 def run(args):
-    check_before_start(args)
-    args.device, args.device_name = choose_device(args)
     torch.set_num_threads(args.threads)
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # what the tokenizers go by when they first start threads
     if args.compile:
@@ -533,11 +529,13 @@ def run(args):
 def main(argv=None):
     args = parse_args(argv)
     distill.quiet_libraries()
-    with distill.process_group():
-        try:
+    try:
+        check_before_start(args)
+        args.device, args.device_name = choose_device(args)
+        with distill.process_group(args.device):
             run(args)
-        except UserError as error:
-            distill.fail(error)
+    except UserError as error:
+        distill.fail(error)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import re
 from array import array
@@ -407,6 +408,8 @@ class Tokens:
     offsets: torch.Tensor  # [N + 1] int64
     lengths: torch.Tensor  # [N] int64, always on the host: shapes are decided there, without asking the device
     pad_id: int
+    max_length: int  # of an example, and so of a batch
+    multiple: int = 1  # a batch that needs padding gets a length that is a multiple of this
 
     def __len__(self):
         return len(self.lengths)
@@ -414,7 +417,9 @@ class Tokens:
     def to(self, device):
         """A copy on the device, so that batches are built there and nothing but row numbers has to travel."""
         moved = {name: getattr(self, name) for name in ("ids", "type_ids", "offsets")}
-        return replace(self, **{name: array.to(device) for name, array in moved.items() if array is not None})
+        moved = {name: array.to(device) for name, array in moved.items() if array is not None}
+        # A GPU's attention kernels take masks whose rows are multiples of 8; any other is copied in every layer.
+        return replace(self, **moved, multiple=8 if torch.device(device).type == "cuda" else 1)
 
     def first(self, count):
         """The first `count` examples, without copying them."""
@@ -430,8 +435,8 @@ class Tokens:
     def batches(self, rows_of_batches):
         """For each batch's rows ([B] int64, on the host): yield the rows and the model's inputs, both on the device.
 
-        The inputs are a dictionary of [B, L] tensors, L being the batch's longest example: input_ids; attention_mask
-        (bool), unless no example is padded; token_type_ids, where there are any.
+        The inputs are a dictionary of [B, L] tensors, L being the batch's longest example, rounded up to `multiple`:
+        input_ids; attention_mask (bool), unless no example is padded; token_type_ids, where there are any.
         """
         if not rows_of_batches:
             return
@@ -443,12 +448,15 @@ class Tokens:
     def gather(self, rows, lengths):
         """Cut rows (on the device) out of the flat arrays and pad them on the right, without a loop over examples."""
         longest = int(lengths.max())
+        padded = int(lengths.min()) < longest
+        if padded:
+            longest = min(math.ceil(longest / self.multiple) * self.multiple, self.max_length)
         starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
         positions = starts + torch.arange(longest, device=rows.device)  # [B, L]
         inside = positions < ends
         positions = positions.where(inside, 0)  # any valid position: what stands there is replaced by padding
         inputs = {"input_ids": self.ids[positions].long().where(inside, self.pad_id)}
-        if lengths.min() < longest:
+        if padded:
             inputs["attention_mask"] = inside
         if self.type_ids is not None:
             inputs["token_type_ids"] = self.type_ids[positions].long().where(inside, 0)
@@ -471,6 +479,7 @@ def tokenize(tokenizer, texts, max_length):
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         lengths=lengths,
         pad_id=tokenizer.pad_token_id,
+        max_length=max_length,
     )
 
 

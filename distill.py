@@ -19,6 +19,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -208,11 +209,11 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def process_group():
+def process_group(device):
     """Join the processes that torchrun started, or form a group of one: no line below need tell the two apart."""
     if "RANK" in os.environ:
-        # Rank 0 may download for long while the others wait in their first collective.
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))
+        # Both backends by name: without names a machine with GPUs gets NCCL alone, which cannot send what lies on CPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     else:
         init_group_of_one()
     try:
@@ -233,21 +234,33 @@ def init_group_of_one():
 
 
 def choose_device():
+    """This process's GPU, or the CPU. Where the GPUs are too few, the program ends.
+
+    To be called before the process group is formed: gloo aborts in processes that are still connecting when one leaves.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if processes > gpus:
-        raise UserError(f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
+        fail(f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    # On an H100 scaled_dot_product_attention prefers cuDNN, which builds a plan for every new shape of a batch. Here
+    # each length of text is a new shape: that would take far longer than the attention itself.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
-def from_rank0(make):
+DOWNLOADS = datetime.timedelta(hours=2)  # how long other ranks wait while rank 0 downloads and tokenises
+
+
+def from_rank0(make, timeout=None):
     """Call make() on rank 0 alone and return what it gave on every rank, whether or not the machines share a disk.
 
-    A UserError in make() is raised on every rank.
+    A UserError in make() is raised on every rank. The others wait for `timeout`, by default torch's half an hour: what
+    takes longer has a process group of its own, so that everywhere else a lost machine is noticed soon.
     """
+    group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
     answer = None
     if dist.get_rank() == 0:
         try:
@@ -255,23 +268,23 @@ def from_rank0(make):
         except UserError as error:
             answer = error
     if dist.get_world_size() > 1:
-        answer = broadcast(answer)
+        answer = broadcast(answer, group)
     if isinstance(answer, UserError):
         raise answer
     return answer
 
 
-def broadcast(value):
+def broadcast(value, group):
     """Any object of rank 0's, on every rank. With a model, broadcast_object_list takes seconds longer."""
     file = io.BytesIO()
     torch.save(value, file)
     size = torch.tensor(file.tell())
-    dist.broadcast(size, 0)
+    dist.broadcast(size, 0, group)
     if dist.get_rank() == 0:
-        dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0)
+        dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0, group)
         return value
     content = torch.empty(size, dtype=torch.uint8)
-    dist.broadcast(content, 0)
+    dist.broadcast(content, 0, group)
     return torch.load(io.BytesIO(content.numpy()), weights_only=False)
 
 
@@ -279,10 +292,16 @@ def choose_precision(precision, device):
     """What "auto" stands for on this device: bf16, fp16 or fp32."""
     if precision != "auto":
         return precision
+    if multiplies_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def multiplies_bf16(device):
+    """Whether the hardware multiplies bf16 itself; torch emulates it elsewhere, slower than fp32."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device, precision):
@@ -413,8 +432,8 @@ def reorder_classes(model, order, class_names):
     model.config.label2id = {name: i for i, name in enumerate(class_names)}
 
 
-# These take a ready attention mask of four dimensions as it is. A two-dimensional one transformers tests for padding by
-# reading it back, for which the host would wait in every step until the device has caught up.
+# These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
+# in every step.
 PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 
 
@@ -422,13 +441,26 @@ def forward(model, inputs):
     """The model's logits [B, C] for what Tokens.batches yields."""
     mask = inputs.get("attention_mask")
     if mask is not None:
-        config = getattr(model, "module", model).config  # DDP hides the model in .module
+        config = getattr(model, "module", model).config  # DDP wraps the model
         if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
-            mask = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)  # [B, 1, L, L], bool, no memory of its own
+            mask = additive_mask(mask, model)
         else:
             mask = mask.long()
         inputs = {**inputs, "attention_mask": mask}
     return model(**inputs).logits
+
+
+def additive_mask(inside, model):
+    """[B, L] bool, True at tokens, as what is added to attention scores: [B, 1, L, L], 0 at tokens, −∞ at padding.
+
+    scaled_dot_product_attention would make the same of a boolean mask, but in every layer anew. The rows of an example
+    share their memory.
+    """
+    device = inside.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else next(model.parameters()).dtype
+    mask = torch.full_like(inside, -math.inf, dtype=dtype).masked_fill(inside, 0)
+    return mask[:, None, None, :].expand(-1, 1, inside.shape[1], -1)
 
 
 def parameter_count(model):
@@ -581,8 +613,29 @@ def accepted_by(model, tokens):
 @contextlib.contextmanager
 def complete_file(path):
     """A path to write to that takes the place of `path` once complete: a reader never finds half a file."""
-    yield path + ".tmp"
-    os.replace(path + ".tmp", path)
+    with writing(path, path + ".tmp") as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path, temporary=None):
+    """Raise UserError where `path` cannot be written, on a full disk for example, and remove what is unfinished."""
+    try:
+        yield temporary
+    except Exception as error:  # OSError, or what torch, safetensors and tokenizers make of it, each in its own way
+        if temporary and os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif temporary:
+            remove(temporary)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path, error):
+    """The UserError for a failed write. Libraries that do not say why may have the system's reason as the context."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    reason = getattr(cause, "strerror", None) or data.one_line(cause)
+    return UserError(f"cannot write {path}: {reason}; once that is mended, repeat the command to continue")
 
 
 def complete_copy(source, path):
@@ -609,45 +662,60 @@ def read_json(path):
 
 
 def save_model(folder, model, tokenizer):
-    """Save a classifier as transformers does, each file complete before it takes its place."""
-    temporary = os.path.join(folder, ".saving")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for name in os.listdir(temporary):
-        os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    os.rmdir(temporary)
+    """Save a classifier as transformers does, all files complete before they take their places."""
+    with writing(os.path.join(folder, "model.safetensors"), os.path.join(folder, ".saving")) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for name in os.listdir(temporary):
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+        os.rmdir(temporary)
 
 
 class Metrics:
-    """metrics.jsonl in a run's folder, and TensorBoard's event files if asked for; written by rank 0 alone."""
+    """metrics.jsonl in a run's folder, and TensorBoard's event files if asked for; written by rank 0 alone.
+
+    Every method is to be called on all ranks, and raises UserError on all of them where rank 0 cannot write.
+    """
 
     def __init__(self, folder, report_to, progress):
         """A run that continues keeps the rows in its progress; rows that were written later are dropped."""
         self.rows = progress.metrics
-        self.file = self.board = None
-        if not on_main_rank():
-            return
-        os.makedirs(folder, exist_ok=True)
-        self.file = open(os.path.join(folder, "metrics.jsonl"), "w", encoding="utf-8", buffering=1)
-        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.path, self.board_path = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "runs")
+        self.board = None
+        from_rank0(lambda: self.open(report_to, progress.step))
+
+    def open(self, report_to, step):
+        with writing(self.path):
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
+            self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
         if report_to == "tensorboard":
-            self.board = summary_writer()(os.path.join(folder, "runs"), purge_step=progress.step + 1)
+            with writing(self.board_path):
+                self.board = summary_writer()(self.board_path, purge_step=step + 1)
 
     def write(self, row, step):
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
         self.rows.append(row)
-        if self.file:
+        from_rank0(lambda: self.append(row, step))
+
+    def append(self, row, step):
+        with writing(self.path):
             self.file.write(json.dumps(row) + "\n")
         if self.board:
-            for name, value in row.items():
-                if name not in ("step", "epoch") and value is not None:
-                    self.board.add_scalar(name, value, step)
+            with writing(self.board_path):
+                for name, value in row.items():
+                    if name not in ("step", "epoch") and value is not None:
+                        self.board.add_scalar(name, value, step)
 
     def close(self):
-        for writer in (self.file, self.board):
-            if writer:
-                writer.close()
+        from_rank0(self.close_files)
+
+    def close_files(self):
+        self.file.close()
+        if self.board:
+            with writing(self.board_path):
+                self.board.close()
 
 
 def summary_writer():
@@ -655,6 +723,8 @@ def summary_writer():
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--report_to tensorboard needs a package: pip install tensorboard") from error
+    # A failed write ends the writer's thread, and the writer's next call raises the same error: one report is enough.
+    threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
     return SummaryWriter
 
 
@@ -759,9 +829,12 @@ def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, devic
         "scaler": scaler.state_dict(),
         "random": random_of_ranks,
     }
-    if on_main_rank():
-        with complete_file(checkpoint.path) as temporary:
-            torch.save(state, temporary)
+    from_rank0(lambda: write_checkpoint(checkpoint.path, state))
+
+
+def write_checkpoint(path, state):
+    with complete_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # given the path, it would not say why it failed
 
 
 def restore(checkpoint, stage, model, optimizer, scaler, device):
@@ -785,6 +858,10 @@ def restore(checkpoint, stage, model, optimizer, scaler, device):
 # Training
 
 LOG_STEPS = 50  # the device is asked for the loss no more often than this: each time, the host has to wait for it
+
+
+class LossNotFinite(UserError):
+    """A training has diverged."""
 
 
 class LossMeter:
@@ -883,7 +960,8 @@ def train(
         the Progress; its best["scores"] are what score() gave for the best epoch.
 
     Raises:
-        UserError: the loss is no longer finite.
+        LossNotFinite: the loss is no longer finite.
+        UserError: what the training leaves behind cannot be written.
     """
     start = time.perf_counter()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -901,6 +979,9 @@ def train(
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
     if world_size > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
+        # BERT's buffers are constants: no need to send them in every forward. (The constructor's flag for this has
+        # another name in each of torch 2.9 and 2.13.)
+        wrapped.broadcast_buffers = False
 
     bad_steps = torch.zeros((), device=device)  # in a row, their gradient not finite
     patience = 20 if scaler.is_enabled() else 1  # the scaler leaves such steps out and tries a smaller scale
@@ -928,7 +1009,7 @@ def train(
                 save_now = args.save_steps > 0 and progress.step % args.save_steps == 0 and not ended
                 if save_now or ended or progress.step % LOG_STEPS == 0:
                     if bad_steps >= patience:
-                        raise UserError(
+                        raise LossNotFinite(
                             f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
                         )
                     steps_read = meter.steps
@@ -942,7 +1023,7 @@ def train(
 
         scores = evaluate(model, tokens["eval"], labels["eval"], args.precision, teacher_logits.get("eval"))
         if not math.isfinite(scores["loss"]):
-            raise UserError(f"the {stage}'s loss is not finite after epoch {epoch + 1}: lower --learning_rate")
+            raise LossNotFinite(f"the {stage}'s loss is not finite after epoch {epoch + 1}: lower --learning_rate")
         metrics.write({"epoch": epoch + 1, **{f"eval_{name}": scores[name] for name in scores}}, progress.step)
         best = progress.best["scores"] if progress.best else None
         better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
@@ -954,8 +1035,7 @@ def train(
         if better:
             weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             progress.best = {"epoch": epoch + 1, "scores": scores, "weights": weights}
-            if on_main_rank():
-                save_model(args.output_dir, model, tokenizer)
+            from_rank0(lambda: save_model(args.output_dir, model, tokenizer))
         progress.epoch, progress.batch, progress.epoch_loss = epoch + 1, 0, 0.0
         progress.seconds = time.perf_counter() - start
         save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
@@ -964,8 +1044,8 @@ def train(
     metrics.close()
 
     model.load_state_dict(progress.best["weights"])
-    if on_main_rank():  # once more: a run that continues on a new machine may find the folder empty
-        save_model(args.output_dir, model, tokenizer)
+    # Once more: a run that continues on a new machine may find the folder empty.
+    from_rank0(lambda: save_model(args.output_dir, model, tokenizer))
     progress.seconds = time.perf_counter() - start
     return progress
 
@@ -997,8 +1077,7 @@ def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
     if on_main_rank():
         remove(key_file)  # from here until it is written again, the folder holds no finished teacher
     train(args, "teacher", task.teacher, task.teacher_tokenizer, tokens, labels, {}, checkpoint)
-    if on_main_rank():
-        write_json(key_file, key)
+    from_rank0(lambda: write_json(key_file, key))
     return task.teacher
 
 
@@ -1016,10 +1095,8 @@ def label(args, teacher, teacher_digest, tokens, roles):
     missing = [role for role in roles if role not in logits]
     for role in missing:
         logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
-    if missing and args.cache_teacher and on_main_rank():
-        metadata = {role: json.dumps(keys[role]) for role in logits}
-        with complete_file(path) as temporary:
-            safetensors.torch.save_file(logits, temporary, metadata)
+    if missing and args.cache_teacher:
+        from_rank0(lambda: write_cache(path, keys, logits))
     return {role: logits[role].to(tokens[role].ids.device) for role in roles}
 
 
@@ -1040,6 +1117,11 @@ def read_cache(path, keys):
     elif logits:
         say(f"teacher's labels for {', '.join(logits)}: from {path}")
     return logits
+
+
+def write_cache(path, keys, logits):
+    with complete_file(path) as temporary:
+        safetensors.torch.save_file(logits, temporary, {role: json.dumps(keys[role]) for role in logits})
 
 
 def report_teacher(scores, labels, class_names):
@@ -1147,7 +1229,7 @@ def run_trial(args, trial, student, *rest):
     """Train with the hyperparameters that the trial is given, and leave the student in the trial's folder.
 
     Returns the best epoch's scores. Raises optuna.TrialPruned where the best accuracy so far is below the median of
-    the complete trials (five at least) at the same epoch, and UserError like train().
+    the complete trials (five at least) at the same epoch, and what train() raises.
     """
     values = suggest(trial)
     say(f"trial {trial.number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
@@ -1203,7 +1285,9 @@ def search(args, identity, student, *rest):
         except optuna.TrialPruned:
             say(f"trial {trial.number}: stopped, below the median of the trials before it")
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        except UserError as error:
+        except OSError as error:  # Optuna's own: train() reports what it cannot write itself
+            raise cannot_write(path, error) from error
+        except LossNotFinite as error:
             say(f"trial {trial.number}: failed: {error}")
             trial.set_user_attr("error", str(error))
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -1400,8 +1484,11 @@ def push(args):
 # The run
 
 
-def check_before_start(args):
+def check_before_start(args, device):
     """What can be known to fail at the end is said at the start."""
+    share = args.batch_size // (1 if args.n_trials else dist.get_world_size())
+    if device.type == "cuda" and share < 64:
+        say(f"note: {share} examples a step for each GPU keep it waiting for the host; a larger --batch_size does not")
     if args.report_to == "tensorboard":
         summary_writer()
     if args.n_trials:
@@ -1459,13 +1546,12 @@ def check_batches(args, labels):
         )
 
 
-def run(args):
-    device = choose_device()
+def run(args, device):
     args.precision = choose_precision(args.precision, device)
-    from_rank0(lambda: check_before_start(args))
+    from_rank0(lambda: check_before_start(args, device))
 
     # 1. Read: one rank reads data and models, all receive them; tokens and labels live on the device from here on.
-    task = from_rank0(lambda: read_task(args))
+    task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS)
     check_batches(args, task.labels)
     path, identity = os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity_of(args, task, device)
     checkpoint = Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
@@ -1543,9 +1629,10 @@ def main(argv=None):
     args = parse_args(argv)
     quiet_libraries()
     torch.serialization.set_crc32_options(False)  # half of torch.save's time, and torch.load does not look at them
-    with process_group():
+    device = choose_device()
+    with process_group(device):
         try:
-            run(args)
+            run(args, device)
         except UserError as error:
             fail(error)
 

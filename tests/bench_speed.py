@@ -209,8 +209,8 @@ def loop_overhead(models, text, rounds=15):
     args = distill.parse_args([*argv, "--batch_size", str(BATCH_SIZE), "--output_dir", os.path.join(OUTPUT, "loop")])
     distill.evaluate = lambda *_: {"accuracy": 0.0, "loss": 0.0}
     distill.save_model = distill.say = lambda *_: None
-    with distill.process_group():
-        device = distill.choose_device()
+    device = distill.choose_device()
+    with distill.process_group(device):
         args.precision = distill.choose_precision(args.precision, device)
         task = distill.read_task(args)
         student, tokens = task.student.to(device), task.student_tokens["train"].to(device)

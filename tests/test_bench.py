@@ -250,9 +250,7 @@ def test_model_card_gets_the_table_once(tmp_path):
 def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(dynamic) or model)  # slow on a CPU
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"cpu_name": "test CPU", "bf16": True, "architecture": ""}
-    )
+    monkeypatch.setattr(distill, "multiplies_bf16", lambda device: True)
     teacher = save_tiny("teacher", num_hidden_layers=4)
     students = [
         save_tiny("bert", seed=3),
@@ -297,7 +295,7 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
         assert fp32["memory_bytes"] == pytest.approx(2 * bf16["memory_bytes"], rel=1e-3)
 
     splits, _ = data.load_splits(reviews_folder, split_names={"train": "train", "test": "test"})
-    with distill.process_group():
+    with distill.process_group(torch.device("cpu")):
         for name, row in zip(students, rows[1:3], strict=True):
             model, tokenizer = distill.load_model(name)
             tokens = data.tokenize(tokenizer, splits["test"].texts, 64)
@@ -395,7 +393,8 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, t
     assert "cannot write" in fails(*small, "--output", tmp_path / "nowhere" / "bench.json")
     assert "fp32, bf16, fp16" in fails(*small, "--precision", "fp32,int8")
     assert "list of int" in fails(*small, "--batch_sizes", "1,x")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "abacus", "bf16": False})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "abacus"}, raising=False)
+    monkeypatch.setattr(distill, "multiplies_bf16", lambda device: False)
     assert "abacus has no arithmetic in bf16" in fails(*small, "--precision", "fp32,bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA GPU" in fails(*small, "--device", "cuda")

@@ -1,5 +1,6 @@
 """Reading, refusing, tokenising and batching."""
 
+import dataclasses
 import json
 
 import datasets
@@ -313,6 +314,22 @@ def test_batches_are_what_the_tokenizer_pads(tokenizer, reviews, tokens):
     assert torch.equal(inputs["attention_mask"].long(), expected["attention_mask"])
     [(_, alone)] = tokens.batches([rows[:1]])
     assert "attention_mask" not in alone  # nothing is padded
+
+
+def test_on_a_gpu_padded_batches_are_multiples_of_8_long(tokens, tokenizer):
+    assert tokens.to("cpu").multiple == 1
+    tokens = dataclasses.replace(tokens, multiple=8)  # as Tokens.to("cuda") says
+    for rows in torch.randperm(1000).split(10):
+        [(_, inputs)] = tokens.batches([rows])
+        lengths, padded_length = tokens.lengths[rows], inputs["input_ids"].shape[1]
+        assert padded_length % 8 == 0 and lengths.max() <= padded_length < lengths.max() + 8
+        assert torch.equal(inputs["attention_mask"].sum(1), lengths)
+        assert (inputs["input_ids"][~inputs["attention_mask"]] == tokenizer.pad_token_id).all()
+    equal = (tokens.lengths == 13).nonzero().flatten()
+    [(_, inputs)] = tokens.batches([equal])
+    assert inputs["input_ids"].shape == (len(equal), 13) and "attention_mask" not in inputs
+    [(_, inputs)] = dataclasses.replace(tokens, max_length=30).batches([torch.tensor([0, 1, 2])])
+    assert inputs["input_ids"].shape[1] <= 30  # a model may have no positions beyond
 
 
 def test_pairs_keep_their_token_types(tokenizer):

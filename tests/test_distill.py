@@ -1,9 +1,11 @@
 """The command line, the training loop and what a run leaves behind: in process where that is enough, else for real."""
 
+import contextlib
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -257,6 +259,29 @@ def test_padding_does_not_change_logits(save_tiny, tokenizer, reviews, model_typ
         [(_, inputs)] = tokens.batches([torch.arange(30)])
         assert torch.allclose(distill.forward(model, inputs), alone, atol=1e-5)
     assert alone.std() > 0.01
+
+
+def test_attention_gets_a_mask_that_it_need_not_convert(save_tiny, monkeypatch):
+    """Additive, in the type of the queries, and shared by an example's rows."""
+    attention, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recording_attention(query, *args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        assert attn_mask.dtype == query.dtype
+        return attention(query, *args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording_attention)
+    model, _ = distill.load_model(save_tiny("model"))
+    inputs = {
+        "input_ids": torch.ones(2, 5, dtype=torch.long),
+        "attention_mask": torch.arange(5) < torch.tensor([[3], [5]]),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            distill.forward(model, inputs)
+    assert [mask.dtype for mask in masks] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert masks[0].data_ptr() == masks[1].data_ptr() and masks[0].stride(2) == 0
+    assert masks[0][:, 0, 0].tolist() == [[0, 0, 0, -math.inf, -math.inf], [0] * 5]
 
 
 def test_layers_classes_and_errors(save_tiny):
@@ -905,6 +930,79 @@ def test_checkpoints_that_cannot_be_continued(command, save_tiny, capsys, monkey
         assert f"{path} is damaged" in line and "delete it" in line
 
 
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Let no file grow beyond it, as `ulimit -f` does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+FULL_DISKS = {  # file -> the function of distill.py from whose n-th call on the disk is full; the size limit
+    "teacher_logits.safetensors": ("write_cache", 1, 100),
+    "metrics.jsonl": ("train", 1, 10),
+    "model.safetensors": ("save_model", 2, 100_000),
+    "checkpoint.pt": ("write_checkpoint", 2, 100_000),
+    "results.json": ("finish", 1, 100),
+    "README.md": ("write_model_card", 1, 100),
+    "runs": ("summary_writer", 2, 10),
+}
+
+
+@pytest.mark.parametrize("file", FULL_DISKS)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(command, file, monkeypatch, capsys):
+    name, number, size = FULL_DISKS[file]
+    function, calls = getattr(distill, name), []
+
+    def limiting(*args, **flags):
+        calls.append(1)
+        if len(calls) == number:
+            limit.enter_context(file_size_limit(size))
+        return function(*args, **flags)
+
+    arguments = command("run", report_to="tensorboard" if file == "runs" else "none", save_steps=5)
+    with contextlib.ExitStack() as limit, monkeypatch.context() as patched:
+        patched.setattr(distill, name, limiting)
+        line = refused(arguments, capsys)
+    folder = output_of(arguments)
+    assert re.search(f"error: cannot write {folder}/{file}: .*File too large.*; once that is mended", line)
+    assert not [name for name in os.listdir(folder) if "tmp" in name or name.startswith(".")]
+    run(arguments)
+    assert same_weights(folder, run(command("undisturbed", save_steps=5)))
+    assert metrics(folder) == metrics(output_of(command("undisturbed")))
+
+
+FULL_ON_TWO_RANKS = """
+import os, resource, sys
+import distill
+
+save_model, leave = distill.save_model, sys.exit
+
+def save_on_full_disk(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    save_model(*args)
+
+def tell_code(code):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(code, file=open(__file__ + os.environ["RANK"], "w"))
+    leave(code)
+
+distill.save_model, sys.exit = save_on_full_disk, tell_code
+distill.main()
+"""
+
+
+def test_a_full_disk_ends_every_rank_with_exit_code_2(command, tmp_path):
+    script = tmp_path / "full.py"
+    script.write_text(FULL_ON_TWO_RANKS)
+    finished = start(command("run"), torchrun=2, script=str(script), PYTHONPATH=ROOT)
+    assert [(tmp_path / f"full.py{rank}").read_text() for rank in (0, 1)] == ["2\n", "2\n"], finished.stderr
+    assert finished.stderr.count("error: cannot write") == 1
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
@@ -915,6 +1013,7 @@ import distill
 step = distill.training_step
 
 def recording_step(*args):
+    assert not getattr(args[0], "will_sync_module_buffers", bool)(), "DDP sends constants"
     losses, grad_norm = step(*args)
     with open(distill.parse_args(sys.argv[1:]).output_dir + "/norms", "a") as file:
         print(grad_norm.item(), file=file)
@@ -933,6 +1032,7 @@ def test_several_ranks_train_like_one(command, tmp_path, ranks):
     for arguments, processes in ((one, 1), (two, ranks)):
         finished = start(arguments, torchrun=processes, script=str(script), PYTHONPATH=ROOT)
         assert finished.returncode == 0, finished.stderr
+    assert "Warning" not in finished.stderr
     assert len(re.findall("eval accuracy", finished.stdout)) == 1 + 3 + 1  # one rank speaks: teacher, epochs, table
     assert nearly_same_weights(output_of(one), output_of(two))
     assert results(output_of(two))["processes"] == ranks
@@ -944,6 +1044,59 @@ def test_several_ranks_train_like_one(command, tmp_path, ranks):
     assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1][::ranks], rel=1e-3)
     losses = [[row["loss"] for row in metrics(output_of(words)) if "loss" in row] for words in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_on_gpus_each_kind_of_tensor_has_its_backend(monkeypatch):
+    """Rank 0's answers are CPU tensors, the gradients lie on the GPU."""
+    asked = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend=None, **_: asked.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("RANK", "0")
+    with distill.process_group(torch.device("cuda")):
+        pass
+    backends = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(asked[0] or "undefined"))
+    assert backends.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+
+
+def test_too_few_gpus_are_told_before_any_process_connects(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "2 processes on this machine, but 1 GPUs: lower --nproc_per_node" in refused([], capsys)
+
+
+def test_little_work_for_each_gpu_is_noted(command, capsys, monkeypatch):
+    args = distill.parse_args(command("run", batch_size=130))
+    with distill.process_group(torch.device("cpu")):
+        for world_size, device, noted in ((2, "cuda", False), (3, "cuda", True), (3, "cpu", False)):
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda size=world_size: size)
+            distill.check_before_start(args, torch.device(device))
+            assert ("note: 43 examples a step for each GPU" in capsys.readouterr().out) is noted
+
+
+WAIT_FOR_RANK_0 = """
+import datetime, sys, time
+import torch
+import torch.distributed as dist
+import distill
+
+init = dist.init_process_group
+dist.init_process_group = lambda backend: init(backend, timeout=datetime.timedelta(seconds=3))
+with distill.process_group(torch.device("cpu")):
+    assert distill.from_rank0(lambda: time.sleep(6) or "downloaded", timeout=distill.DOWNLOADS) == "downloaded"
+    print("waited")
+    distill.from_rank0(lambda: time.sleep(6))
+"""
+
+
+def test_only_downloads_are_waited_for_longer_than_torch_does(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text(WAIT_FOR_RANK_0)
+    finished = start([], torchrun=2, script=str(script), PYTHONPATH=ROOT)
+    assert finished.returncode != 0 and finished.stdout.count("waited") == 2, finished.stderr
+    assert "imed out" in finished.stderr  # Gloo: "Timed out waiting 3000ms for recv operation to complete"
 
 
 def test_ranks_must_all_have_work(command, capsys, tmp_path):
