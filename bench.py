@@ -18,9 +18,9 @@ import re
 import shlex
 import statistics
 import sys
-from importlib.metadata import version
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -448,8 +448,8 @@ def report(rows, cells, args):
     if any(row.get("pareto") for row in rows):
         notes.append("★: no other student beats it in both latency and accuracy.")
     notes.append(
-        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), torch {version('torch')}, "
-        f"compile {'on' if args.compile else 'off'}, transformers {version('transformers')}: `{args.command}`"
+        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), torch {torch.__version__}, "
+        f"compile {'on' if args.compile else 'off'}, transformers {transformers.__version__}: `{args.command}`"
     )
     notes = "\n".join(f"- {note}" for note in notes)
     lines += [table([model_columns(row) for row in rows]), notes, table([cell_columns(cell, args) for cell in cells])]
@@ -514,7 +514,7 @@ def run(args):
     # 3. Tell.
     rows = summarize(models, scores, cells, args)
     text = report(rows, cells, args)
-    versions = {name: version(name) for name in ("torch", "transformers")}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     arguments = {**vars(args), "device": args.device.type}
     distill.write_json(args.output, {"versions": versions, "arguments": arguments, "models": rows, "cells": cells})
     if args.disagreements:

@@ -251,6 +251,7 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(dynamic) or model)  # slow on a CPU
     monkeypatch.setattr(distill, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "test CPU"}, raising=False)
     teacher = save_tiny("teacher", num_hidden_layers=4)
     students = [
         save_tiny("bert", seed=3),

@@ -859,9 +859,10 @@ def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args:
         return function(*args, **kwargs)
     setattr(owner, name, wrapper)
 
-def half_a_file(state, path):
-    torch.serialization.save(state, path)
-    os.truncate(path, os.path.getsize(path) // 2)
+def half_a_file(state, file):
+    torch.serialization.save(state, file)
+    file.flush()
+    os.truncate(file.name, os.path.getsize(file.name) // 2)
 
 MOMENT
 distill.main(sys.argv[1:])
@@ -875,7 +876,7 @@ MOMENTS = {
     "between a best epoch and its checkpoint": """at_call(
         "save_checkpoint", distill, 1, counts=lambda *args: args[1] == "student" and args[2].epoch == 1
     )""",
-    "writing a checkpoint": 'at_call("save", torch, 13, half_a_file, lambda state, path: isinstance(path, str))',
+    "writing a checkpoint": 'at_call("save", torch, 13, half_a_file, lambda state, file: hasattr(file, "name"))',
     "after the last epoch": 'at_call("finish", distill, 1)',
 }
 
@@ -1273,7 +1274,7 @@ def test_failed_trials_are_not_counted(command, monkeypatch, capsys):
     def failing_train(*args, **flags):
         calls.append(1)
         if len(calls) in failing:
-            raise UserError("the loss is not finite")
+            raise distill.LossNotFinite("the loss is not finite")
         return train(*args, **flags)
 
     monkeypatch.setattr(distill, "train", failing_train)
