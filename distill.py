@@ -10,6 +10,7 @@ line says that the rest is plumbing: what those call.
 import argparse
 import contextlib
 import datetime
+import functools
 import hashlib
 import inspect
 import io
@@ -143,14 +144,15 @@ def parse_args(argv=None):
 
 
 def run(args, device):
+    """One run: from text and two models to a scored student in output_dir. Raises UserError."""
     args.precision = choose_precision(args.precision, device)
     from_rank0(lambda: check_before_start(args, device))
 
-    # 1. Read: one rank reads data and models, all receive them; tokens and labels live on the device from here on.
+    # 1. Read: rank 0 reads data and models, all receive them; tokens and labels live on the device from here on.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS)
     check_batches(args, task.labels)
-    path, identity = os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity_of(args, task, device)
-    checkpoint = Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
+    identity = identity_of(args, task, device)
+    checkpoint = open_checkpoint(os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity)
     labels, teacher_tokens, tokens = [
         {role: split.to(device) for role, split in splits.items()}
         for splits in (task.labels, task.teacher_tokens, task.student_tokens)
@@ -158,49 +160,48 @@ def run(args, device):
     student, teacher = task.student.to(device), task.teacher.to(device)
     parameters = {"teacher": parameter_count(teacher), "student": parameter_count(student)}
 
-    # 2. The teacher: fine-tuned if asked for, frozen, then its labels.
+    # 2. The teacher: fine-tuned if asked for, then its labels.
     teacher_digest = identity["digest of the teacher"]
     if args.teacher_epochs:
         teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
         teacher_digest = model_digest(teacher)
         if args.student_id == "teacher":
             student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
-    labels_needed = args.alpha < 1 or args.n_trials > 0
-    live_teacher = (teacher, teacher_tokens["train"]) if labels_needed and not args.cache_teacher else None
-    roles = [role for role in labels if role != "train" or (labels_needed and args.cache_teacher)]
     start = time.perf_counter()
-    teacher_logits = label(args, teacher, teacher_digest, teacher_tokens, roles)
-    teacher.requires_grad_(False)  # not before: autocast keeps its half-precision copies of trainable weights only
+    teacher_logits, soft_targets = label(args, teacher, teacher_digest, teacher_tokens)
     seconds = {"labelling": time.perf_counter() - start}
-    scored_roles = [role for role in labels if role != "train"]
-    teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in scored_roles}
+    teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in labels if role != "train"}
     report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
-    if live_teacher is None:  # its work is done: leave its memory to the student
-        teacher = task.teacher = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    teacher = task.teacher = None  # unless soft_targets asks it again, its memory is the student's now
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
     # 3. The student, or many students and the best of them.
-    found = None
+    train_student = functools.partial(
+        train,
+        model=student,
+        tokenizer=task.student_tokenizer,
+        tokens=tokens,
+        labels=labels,
+        soft_targets=soft_targets,
+        teacher_logits=teacher_logits,
+    )
+    trials = None
     if args.n_trials:
-        result = search(args, identity, student, task.student_tokenizer, tokens, labels, teacher_logits)
-        if result is None:
-            return  # rank 0 finishes alone
-        args, found = result
-        seconds["training"] = found["trials"][found["ranking"][0]]["seconds"]
-        seconds["trials"] = sum(trial["seconds"] or 0 for trial in found["trials"])  # added up over processes
+        args, trials = search(args, identity, student, train_student)
+        seconds["training"] = trials["trials"][trials["ranking"][0]]["seconds"]
+        seconds["trials"] = sum(trial["seconds"] or 0 for trial in trials["trials"])  # added up over processes
     else:
-        seconds["training"] = train(
-            args, "student", student, task.student_tokenizer, tokens, labels, teacher_logits, checkpoint, live_teacher
-        ).seconds
+        seconds["training"] = train_student(args, "student", checkpoint=checkpoint).seconds
 
     # 4. What was saved is what counts: load it again, as a user will, and score that.
     saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)
     student_scores = {
-        role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role]) for role in scored_roles
+        role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role])
+        for role in teacher_scores
     }
     scores = {"teacher": teacher_scores, "student": student_scores}
-    failure = from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, found))
+    failure = from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, trials))
     if failure:
         raise UserError(failure)
 
@@ -209,11 +210,19 @@ def run(args, device):
 # The teacher's labels, and every score
 
 
-def label(args, teacher, teacher_digest, tokens, roles):
-    """The teacher's logits by role: from the cache, else computed, once, and cached.
+def label(args, teacher, teacher_digest, tokens):
+    """Let the teacher answer every example, once: later runs take the answers from a cache.
 
-    Each split is cached under a key of everything that its logits depend on.
+    Each split is cached under a key of everything that its logits depend on: weights, tokens and precision.
+
+    Returns:
+        (teacher_logits, soft_targets): by role, its logits for a whole split, [N, C] float32; and a function that gives
+        its logits for a part of a training batch, taking the part's row numbers on the host and on the device. It
+        looks them up, or runs the teacher (--cache_teacher false: the textbook form). None: the teacher has no say
+        (--alpha 1).
     """
+    teaches = args.alpha < 1 or args.n_trials > 0
+    roles = [role for role in tokens if role != "train" or (teaches and args.cache_teacher)]
     path = os.path.join(args.checkpoint_dir, "teacher_logits.safetensors")
     keys = {
         role: {"teacher": teacher_digest, "text": tokens_digest(split), "precision": args.precision}
@@ -225,10 +234,23 @@ def label(args, teacher, teacher_digest, tokens, roles):
         logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
     if missing and args.cache_teacher:
         from_rank0(lambda: write_cache(path, keys, logits))
-    return {role: logits[role].to(tokens[role].ids.device) for role in roles}
+    teacher.requires_grad_(False)  # Only now: autocast caches half-precision copies only of weights that require grad
+    teacher_logits = {role: logits[role].to(tokens[role].ids.device) for role in roles}
+    if not teaches:
+        return teacher_logits, None
+    if args.cache_teacher:
+        return teacher_logits, lambda part, rows: teacher_logits["train"][rows]
+    return teacher_logits, functools.partial(ask, teacher, tokens["train"], args.precision)
 
 
-# In a batch: enough to keep the device busy; more would only put more lengths into it, hence more padding.
+@torch.no_grad()
+def ask(teacher, tokens, precision, part, rows):
+    """The teacher's logits for a part of a training batch, computed on the spot."""
+    with autocast(rows.device, precision):
+        return forward(teacher, tokens.gather(rows, tokens.lengths[part])).float()
+
+
+# Tokens per batch: enough to keep the device busy; more would mix lengths and pad more.
 PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
@@ -314,7 +336,7 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, coun
         counts: the whole batch's example_count and label_count, see distillation_loss.
 
     Returns:
-        (losses, grad_norm): the part's [total, hard, soft], and the norm of the whole batch's gradient.
+        the part's [total, hard, soft] losses, a tensor on the device: to read it here would make the host wait.
     """
     with autocast(labels.device, args.precision):
         logits = forward(model, inputs)
@@ -322,11 +344,11 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, coun
     # DDP averages the ranks' gradients, but these losses are parts to be summed: undo its division.
     scaler.scale(loss * dist.get_world_size()).backward()
     scaler.unscale_(optimizer)  # clip gradients of their true size
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     scaler.step(optimizer)  # left out by the scaler where a gradient overflowed in fp16
     scaler.update()
     optimizer.zero_grad()
-    return torch.stack([loss.detach(), hard, soft]), grad_norm
+    return torch.stack([loss.detach(), hard, soft])
 
 
 def make_optimizer(model, args):
@@ -343,18 +365,6 @@ def learning_rate_at(step, steps, args):
     if step < warmup:
         return args.learning_rate * step / warmup
     return args.learning_rate * (steps - step) / (steps - warmup)
-
-
-def soft_labels(teacher, teacher_logits, part, rows, precision):
-    """The teacher's logits for a part of a batch: looked up by row if cached, else computed on the spot.
-
-    teacher is None or (model, its training tokens). None comes back where there is no teacher at all.
-    """
-    if teacher is None:
-        return teacher_logits["train"][rows] if "train" in teacher_logits else None
-    model, tokens = teacher
-    with torch.no_grad(), autocast(rows.device, precision):
-        return forward(model, tokens.gather(rows, tokens.lengths[part])).float()
 
 
 LOG_STEPS = 50  # the device is asked for the loss no more often than this: each time, the host has to wait for it
@@ -391,16 +401,30 @@ class LossMeter:
         return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
 
 
+def step_seed(seed, step, rank):
+    """The seed of a step's dropout on a rank. So a run that continues at a step draws what a whole one draws there."""
+    return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
+
+
 def train(
-    args, stage, model, tokenizer, tokens, labels, teacher_logits, checkpoint=None, teacher=None, after_epoch=None
+    args,
+    stage,
+    model,
+    tokenizer,
+    tokens,
+    labels,
+    soft_targets=None,
+    teacher_logits=None,
+    checkpoint=None,
+    after_epoch=None,
 ):
     """Train a model by distillation_loss; keep its best epoch, by accuracy on eval, in output_dir and in the model.
 
     Args:
         args: the command line; its epochs, learning_rate, alpha, temperature and output_dir are this training's.
         stage: "teacher", "student" or "trial 3": whose training this is, for messages and the checkpoint.
-        tokens, labels, teacher_logits: by role, on the device. Without teacher_logits["train"] there is no soft term,
-            unless teacher = (model, its training tokens) is to answer in every step.
+        tokens, labels: by role, on the device.
+        soft_targets, teacher_logits: what label() gave; None without a teacher.
         checkpoint: the Checkpoint to continue from and to write, if any.
         after_epoch: called with the epoch's number, from 1, and its scores.
 
@@ -420,10 +444,10 @@ def train(
 
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    torch.manual_seed(args.seed + rank)  # each rank draws its own dropout
-    progress = restore(checkpoint, stage, model, optimizer, scaler, device)
+    progress = restore(checkpoint, stage, model, optimizer, scaler)
     start -= progress.seconds
     metrics = Metrics(args.output_dir, args.report_to, progress)
+    meter = LossMeter(device)
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
     if world_size > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
@@ -431,52 +455,49 @@ def train(
         # another name in each of torch 2.9 and 2.13.)
         wrapped.broadcast_buffers = False
 
-    bad_steps = torch.zeros((), device=device)  # in a row, their gradient not finite
-    patience = 20 if scaler.is_enabled() else 1  # the scaler leaves such steps out and tries a smaller scale
-    for epoch in range(progress.epoch, args.epochs):
-        batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)[progress.batch :]
+    def save():
+        progress.seconds = time.perf_counter() - start
+        save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler)
+
+    for epoch in range(progress.step // steps_per_epoch, args.epochs):
+        batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)
+        batches = batches[progress.step % steps_per_epoch :]  # all of them, unless a killed run has done some
         parts = [whole[rank::world_size] for whole in batches]
-        meter = LossMeter(device)
         model.train()
+        meter.start_over()
         with progress_bar(sum(map(len, batches)), f"{stage}, epoch {epoch + 1}/{args.epochs}") as bar:
             for whole, part, (rows, inputs) in zip(batches, parts, tokens["train"].batches(parts), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(progress.step, steps, args)
+                torch.manual_seed(step_seed(args.seed, progress.step, rank))
                 counts = {"example_count": len(whole), "label_count": int((host_labels[whole] != NO_LABEL).sum())}
-                soft_targets = soft_labels(teacher, teacher_logits, part, rows, args.precision)
-                losses, grad_norm = training_step(
-                    wrapped, optimizer, scaler, inputs, labels["train"][rows], soft_targets, counts, args
-                )
+                targets = soft_targets(part, rows) if soft_targets else None
+                losses = training_step(wrapped, optimizer, scaler, inputs, labels["train"][rows], targets, counts, args)
                 meter.add(losses, len(whole))
-                bad_steps = torch.where(grad_norm.isfinite(), 0, bad_steps + 1)
                 progress.step += 1
-                progress.batch += 1
                 bar.update(len(whole))
 
-                ended = progress.batch == steps_per_epoch  # its checkpoint follows the evaluation
-                save_now = args.save_steps > 0 and progress.step % args.save_steps == 0 and not ended
-                if save_now or ended or progress.step % LOG_STEPS == 0:
-                    if bad_steps >= patience:
+                last = progress.step % steps_per_epoch == 0  # its checkpoint follows the evaluation
+                save_now = not last and args.save_steps > 0 and progress.step % args.save_steps == 0
+                if last or save_now or progress.step % LOG_STEPS == 0:
+                    row = {"step": progress.step, "epoch": epoch + 1, **meter.read()}
+                    if not math.isfinite(row["loss"]):
                         raise LossNotFinite(
                             f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
                         )
-                    steps_read = meter.steps
-                    row = {"step": progress.step, "epoch": epoch + 1, **meter.read()}
-                    progress.epoch_loss += steps_read * row["loss"]
                     metrics.write({**row, "learning_rate": optimizer.param_groups[0]["lr"]}, progress.step)
                     bar.set_postfix(loss=f"{row['loss']:.4f}")
                 if save_now:
-                    progress.seconds = time.perf_counter() - start
-                    save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
+                    save()
 
-        scores = evaluate(model, tokens["eval"], labels["eval"], args.precision, teacher_logits.get("eval"))
+        scores = evaluate(model, tokens["eval"], labels["eval"], args.precision, (teacher_logits or {}).get("eval"))
         if not math.isfinite(scores["loss"]):
             raise LossNotFinite(f"the {stage}'s loss is not finite after epoch {epoch + 1}: lower --learning_rate")
         metrics.write({"epoch": epoch + 1, **{f"eval_{name}": scores[name] for name in scores}}, progress.step)
         best = progress.best["scores"] if progress.best else None
         better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
         say(
-            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {progress.epoch_loss / steps_per_epoch:.4f}; "
+            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {epoch_loss(metrics.rows, epoch, steps_per_epoch):.4f}; "
             + ", ".join(f"eval {name} {scores[name]:.4f}" for name in scores)
             + (" (best so far)" if better else "")
         )
@@ -484,9 +505,7 @@ def train(
             weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             progress.best = {"epoch": epoch + 1, "scores": scores, "weights": weights}
             from_rank0(lambda: save_model(args.output_dir, model, tokenizer))
-        progress.epoch, progress.batch, progress.epoch_loss = epoch + 1, 0, 0.0
-        progress.seconds = time.perf_counter() - start
-        save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device)
+        save()
         if after_epoch:
             after_epoch(epoch + 1, scores)
     metrics.close()
@@ -496,6 +515,16 @@ def train(
     from_rank0(lambda: save_model(args.output_dir, model, tokenizer))
     progress.seconds = time.perf_counter() - start
     return progress
+
+
+def epoch_loss(rows, epoch, steps_per_epoch):
+    """The mean training loss of an epoch (from 0): of its rows in metrics.jsonl, each the mean since the one before."""
+    total, step = 0.0, epoch * steps_per_epoch
+    for row in rows:
+        if "loss" in row and row["epoch"] == epoch + 1:
+            total += row["loss"] * (row["step"] - step)
+            step = row["step"]
+    return total / steps_per_epoch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,8 +642,8 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        way_on = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
-        raise UserError(f"cannot load {model_id}: {data.one_line(error)}{way_on}") from error
+        hint = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
+        raise UserError(f"cannot load {model_id}: {data.one_line(error)}{hint}") from error
     # Without a vocabulary file transformers makes up a tokenizer that knows nothing but [UNK] and its like.
     if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.pad_token_id is None:
         raise UserError(
@@ -630,8 +659,9 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
     # A new head is what a model to be trained may need; anything else that is missing is worth a warning.
     lost = sorted(name for name in report["missing_keys"] if class_names is None or name.startswith(base))
     if lost:
+        names_lost = ", ".join([*lost[:3], "…"] if len(lost) > 3 else lost)
         say(
-            f"warning: {model_id} lacks weights, which are random now: {', '.join(lost[:3])}{', …' * (len(lost) > 3)} "
+            f"warning: {model_id} lacks weights, which are random now: {names_lost} "
             "(not fine-tuned? see --teacher_epochs)"
         )
     if class_names is not None:
@@ -731,7 +761,7 @@ def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
         return from_rank0(lambda: load_model(folder)[0])
     if on_main_rank():
         remove(key_file)  # from here until it is written again, the folder holds no finished teacher
-    train(args, "teacher", task.teacher, task.teacher_tokenizer, tokens, labels, {}, checkpoint)
+    train(args, "teacher", task.teacher, task.teacher_tokenizer, tokens, labels, checkpoint=checkpoint)
     from_rank0(lambda: write_json(key_file, key))
     return task.teacher
 
@@ -745,60 +775,90 @@ def labelled_count(labels):
 # Search: many trainings on one teacher's labels
 
 
-def search(args, identity, student, *rest):
+def search(args, identity, student, train_student):
     """Train n_trials times with hyperparameters of Optuna's choice and leave the best student in output_dir.
 
-    Each process takes trials of its own: from here on it is a group of one. Every trial starts from the student's
-    present weights and is what train() alone would make of its hyperparameters in one process. The best student is
-    kept as it came out of its trial.
+    Each process takes its share of the trials that remain, by itself. Every trial starts from the student's present
+    weights and is what the command alone would make of its hyperparameters in one process. The best student is kept
+    as it came out of its trial.
 
     Args:
-        rest: what train() takes after the model: tokenizer, tokens, labels and teacher_logits.
+        train_student: train() with all that the trials have in common.
 
     Returns:
-        on rank 0 (args, found): the command line with the best trial's hyperparameters, and what results.json is to
-        hold of the search. On the other ranks, None.
+        (args, trials): the command line with the best trial's hyperparameters, and what results.json is to hold of the
+        search.
     """
-    optuna = import_optuna()
-    rank, path = dist.get_rank(), os.path.abspath(os.path.join(args.checkpoint_dir, "study.journal"))
-    from_rank0(lambda: prepare_study(args, path, identity))
-    dist.destroy_process_group()
-    init_group_of_one()
-
-    study = open_study(path)
+    path = os.path.abspath(os.path.join(args.checkpoint_dir, "study.journal"))
+    begun, remaining = from_rank0(lambda: prepare_study(args, path, identity))
+    rank, share = dist.get_rank(), len(range(dist.get_rank(), remaining, dist.get_world_size()))
+    # A search that goes on must not draw again what it began with, nor a process what another draws.
+    study = open_study(path, sampler_seed=step_seed(args.seed, begun, rank))
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    while trial := next_trial(args, study, path):
+
+    def objective(trial):
         student.load_state_dict(initial)
+        return run_trial(args, trial, train_student)
+
+    with alone():
         try:
-            scores = run_trial(args, trial, student, *rest)
-            trial.set_user_attr("loss", scores["loss"])
-            study.tell(trial, scores["accuracy"])
-        except optuna.TrialPruned:
-            say(f"trial {trial.number}: stopped, below the median of the trials before it")
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        except OSError as error:  # Optuna's own: train() reports what it cannot write itself
+            study.optimize(
+                objective,
+                n_trials=share,
+                catch=(LossNotFinite,),
+                callbacks=[lambda study, trial: after_trial(args, study, trial)],
+            )
+        except (OSError, AssertionError) as error:
+            # Optuna's: train() reports its own. Where Optuna cannot note that a trial has failed, an assertion follows.
+            if isinstance(error, AssertionError) and not isinstance(error.__context__, OSError):
+                raise
             raise cannot_write(path, error) from error
-        except LossNotFinite as error:
-            say(f"trial {trial.number}: failed: {error}")
-            trial.set_user_attr("error", str(error))
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            ended = [trial for trial in study.trials if trial.state.is_finished()]
-            if len(ended) >= MOST_FAILURES and all("error" in trial.user_attrs for trial in ended):
-                raise UserError(f"the first {len(ended)} trials failed: {error}") from error
-        keep_best(args, study)
-    if rank > 0:
-        return None
+    return from_rank0(lambda: finish_search(args, path))
 
+
+def run_trial(args, trial, train_student):
+    """Train with the hyperparameters that the trial is given, and leave the student in the trial's folder.
+
+    Returns the best epoch's accuracy. Raises optuna.TrialPruned where the best accuracy so far is below the median of
+    the complete trials (five at least) at the same epoch, and what train() raises.
+    """
+    values = suggest(trial)
+    say(f"trial {trial.number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def after_epoch(epoch, scores):
+        trial.report(scores["accuracy"], epoch)
+        if epoch < values["epochs"] and trial.should_prune():
+            raise import_optuna().TrialPruned
+
+    args = argparse.Namespace(**{**vars(args), **values, "output_dir": trial_folder(args, trial)})
+    try:
+        scores = train_student(args, f"trial {trial.number}", after_epoch=after_epoch).best["scores"]
+    except LossNotFinite as error:
+        say(f"trial {trial.number}: failed: {error}")
+        raise
+    trial.set_user_attr("loss", scores["loss"])
+    return scores["accuracy"]
+
+
+def after_trial(args, study, trial):
+    if trial.state.name == "PRUNED":
+        say(f"trial {trial.number}: stopped, below the median of the trials before it")
+    keep_best(args, study)
+
+
+def finish_search(args, path):
+    """Put the best trial's student into output_dir. Returns what search() returns."""
+    study = open_study(path)
     keep_best(args, study)  # what a killed process may have left
+    if not ranked(study.trials):
+        raise UserError("no trial has run to its end: see above, and repeat the command for new ones")
     best = ranked(study.trials)[0]
-    if not os.path.exists(os.path.join(trial_folder(args, best), "config.json")):
-        raise UserError(f"{trial_folder(args, best)} is lost, the best trial's student: delete {path} to start over")
+    folder = trial_folder(args, best)
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        raise UserError(f"{folder} is lost, the best trial's student: delete {path} to start over")
     shutil.rmtree(os.path.join(args.output_dir, "runs"), ignore_errors=True)  # of an earlier best trial
-    shutil.copytree(trial_folder(args, best), args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
+    shutil.copytree(folder, args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
     return argparse.Namespace(**{**vars(args), **best.params}), search_results(study)
-
-
-MOST_FAILURES = 5  # in a search in which nothing else has happened yet
 
 
 def suggest(trial):
@@ -811,61 +871,30 @@ def suggest(trial):
     }
 
 
-def run_trial(args, trial, student, *rest):
-    """Train with the hyperparameters that the trial is given, and leave the student in the trial's folder.
-
-    Returns the best epoch's scores. Raises optuna.TrialPruned where the best accuracy so far is below the median of
-    the complete trials (five at least) at the same epoch, and what train() raises.
-    """
-    values = suggest(trial)
-    say(f"trial {trial.number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-
-    def after_epoch(epoch, scores):
-        trial.report(scores["accuracy"], epoch)
-        if epoch < values["epochs"] and trial.should_prune():
-            raise import_optuna().TrialPruned
-
-    args = argparse.Namespace(**{**vars(args), **values, "output_dir": trial_folder(args, trial)})
-    return train(args, f"trial {trial.number}", student, *rest, after_epoch=after_epoch).best["scores"]
-
-
-def next_trial(args, study, path):
-    """A new trial; None once n_trials are done. Waits for the other processes' last trials, in case one fails."""
-    import fcntl  # not there on Windows
-
-    while True:
-        # One process at a time counts and asks. A lock of this kind ends with its process, even a killed one.
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            states = [trial.state.name for trial in study.trials]
-            done = states.count("COMPLETE") + states.count("PRUNED")
-            if done + states.count("RUNNING") < args.n_trials:
-                # Seeded for each trial: a search that goes on must not draw again what it began with.
-                seed = np.random.SeedSequence([args.seed, len(states)]).generate_state(1).item()
-                study.sampler = import_optuna().samplers.TPESampler(seed=seed)
-                return study.ask()
-        if done >= args.n_trials:
-            return None
-        time.sleep(1)
-
-
 def prepare_study(args, path, identity):
-    """Make a study ready for its workers, be it new or left by a killed run. Raises UserError if it is another's."""
+    """Make a study ready for its workers, be it new or left by a killed run. Raises UserError if it is another's.
+
+    Returns:
+        (begun, remaining): the trials in it so far, and those that are still to be run to their end.
+    """
     remove(path + ".lock")  # a process may have been killed while it wrote; a line may be incomplete
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    # What the search decides itself may be another; so may the number of workers, unless they trained the teacher.
-    free = {"epochs", "learning_rate", "alpha", "temperature"} | (set() if args.teacher_epochs else {"processes"})
-    identity = {name: value for name, value in identity.items() if name not in free}
+    # What the search decides itself may differ; so may the number of processes, unless they trained the teacher.
+    may_differ = {"epochs", "learning_rate", "alpha", "temperature"}
+    if not args.teacher_epochs:
+        may_differ.add("processes")
+    identity = {name: value for name, value in identity.items() if name not in may_differ}
     identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
     try:
         study = open_study(path)
-        found = study.user_attrs.get("identity", identity)
+        check_identity(path, study.user_attrs.get("identity", identity), identity)
+        study.set_user_attr("identity", identity)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
-    check_identity(path, found, identity)
-    study.set_user_attr("identity", identity)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     if study.trials:
         say(f"continuing the search from {path}: {len(study.trials)} trials begun")
     else:
@@ -873,15 +902,18 @@ def prepare_study(args, path, identity):
     for trial in study.trials:
         if trial.state.name == "RUNNING":  # when its process was killed
             study.tell(trial.number, state=type(trial.state).FAIL)
+    done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
+    return len(study.trials), max(0, args.n_trials - done)
 
 
-def open_study(path):
+def open_study(path, sampler_seed=None):
     """The study of all trials so far, in a file that several processes may append to."""
     optuna = import_optuna()
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path)),
         study_name="search",
         direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=sampler_seed),
         pruner=optuna.pruners.MedianPruner(),
         load_if_exists=True,
     )
@@ -892,7 +924,7 @@ def import_optuna():
         import optuna
     except ImportError as error:
         raise UserError("--n_trials needs a package: pip install optuna") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # run_trial() tells of a failed trial itself
     return optuna
 
 
@@ -936,33 +968,33 @@ def search_results(study):
     return {"ranking": ranking, "importances": importances, "trials": trials}
 
 
-def print_search(found):
+def print_search(search):
     """Print the five best trials, and how much each hyperparameter mattered."""
     names = ("epochs", "learning_rate", "alpha", "temperature", "eval_accuracy")
     say("")
     say("  ".join(f"{name:>13}" for name in ("trial", *names)))
-    for number in found["ranking"][:5]:
-        say("  ".join([f"{number:>13}"] + [f"{found['trials'][number][name]:>13.4g}" for name in names]))
-    states = [trial["state"] for trial in found["trials"]]
+    for number in search["ranking"][:5]:
+        say("  ".join([f"{number:>13}"] + [f"{search['trials'][number][name]:>13.4g}" for name in names]))
+    states = [trial["state"] for trial in search["trials"]]
     say("trials: " + ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed")))
-    say("importance: " + ", ".join(f"{name} {share:.2f}" for name, share in found["importances"].items()))
+    say("importance: " + ", ".join(f"{name} {share:.2f}" for name, share in search["importances"].items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 
 
-def finish(args, task, scores, seconds, parameters, device, found):
+def finish(args, task, scores, seconds, parameters, device, trials):
     """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
     results = summarize(args, task, scores, seconds, parameters, device)
-    if found:
-        results["search"] = found
+    if trials:
+        results["search"] = trials
     write_json(os.path.join(args.output_dir, "results.json"), results)
     write_model_card(args, results)
     failure = push(args) if args.hub_model_id else None
     remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
-    if found:
-        print_search(found)
+    if trials:
+        print_search(trials)
     print_table(results)
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
     return failure
@@ -987,7 +1019,7 @@ def summarize(args, task, scores, seconds, parameters, device):
         "examples": {**counts, "train": labelled, "unlabeled": counts["train"] - labelled},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # after a search, each is a group of its own
+        "processes": dist.get_world_size(),
         "versions": {
             module.__name__: module.__version__ for module in (torch, transformers, datasets, huggingface_hub)
         },
@@ -1121,12 +1153,9 @@ def push(args):
 
 @dataclass
 class Progress:
-    """Where a training stands: what a checkpoint holds beside the tensors of model and optimizer."""
+    """Where a training stands: what a checkpoint holds beside the tensors of model, optimizer and scaler."""
 
-    epoch: int = 0  # finished epochs
-    batch: int = 0  # finished batches of the next epoch
-    step: int = 0
-    epoch_loss: float = 0.0  # summed over the finished batches of the next epoch
+    step: int = 0  # finished steps: with the seed, this alone decides the next batch and its dropout
     seconds: float = 0.0
     best: dict | None = None  # the best epoch's "scores", its number, and the model's "weights"
     metrics: list = field(default_factory=list)  # rows written so far
@@ -1172,7 +1201,13 @@ def model_digest(model):
 
 
 def tokens_digest(tokens):
-    return digest([tokens.ids, tokens.offsets] + [tokens.type_ids] * (tokens.type_ids is not None))
+    arrays = (tokens.ids, tokens.offsets, tokens.type_ids)
+    return digest(array for array in arrays if array is not None)
+
+
+def open_checkpoint(path, identity):
+    """The Checkpoint to write to, with what an unfinished run has left there. Raises UserError like read_checkpoint."""
+    return Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
 
 
 def read_checkpoint(path, identity):
@@ -1181,18 +1216,17 @@ def read_checkpoint(path, identity):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["identity"]
+        its_identity = state["identity"]
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
-    check_identity(path, found, identity)
+    check_identity(path, its_identity, identity)
     return state
 
 
-def check_identity(path, found, identity):
+def check_identity(path, its_identity, identity):
     """Raise UserError where a file to be continued is another command's."""
-    differences = [
-        f"{name} was {found.get(name)}, is {new}" for name, new in identity.items() if found.get(name) != new
-    ]
+    old = its_identity.get
+    differences = [f"{name} was {old(name)}, is {new}" for name, new in identity.items() if old(name) != new]
     if differences:
         raise UserError(
             f"{path} was left by another command ({'; '.join(differences)}): "
@@ -1200,13 +1234,10 @@ def check_identity(path, found, identity):
         )
 
 
-def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, device):
+def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler):
     """Write all that it takes to continue exactly here; nothing where checkpoint is None."""
     if checkpoint is None:
         return
-    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    random_of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(random_of_ranks, random)
     state = {
         "identity": checkpoint.identity,
         "stage": stage,
@@ -1214,7 +1245,6 @@ def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler, devic
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "random": random_of_ranks,
     }
     from_rank0(lambda: write_checkpoint(checkpoint.path, state))
 
@@ -1224,7 +1254,7 @@ def write_checkpoint(path, state):
         torch.save(state, file)  # given the path, it would not say why it failed
 
 
-def restore(checkpoint, stage, model, optimizer, scaler, device):
+def restore(checkpoint, stage, model, optimizer, scaler):
     """Continue from the checkpoint's state if it is one of this stage, else start. Returns the Progress."""
     state = checkpoint.state if checkpoint else None
     if state is None or state["stage"] != stage:
@@ -1232,12 +1262,8 @@ def restore(checkpoint, stage, model, optimizer, scaler, device):
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    random = state["random"][dist.get_rank()]
-    torch.set_rng_state(random[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(random[1], device)
     progress = Progress(**state["progress"])
-    say(f"continuing the {stage} from {checkpoint.path}: epoch {progress.epoch + 1}, step {progress.step}")
+    say(f"continuing the {stage} from {checkpoint.path}: step {progress.step}")
     return progress
 
 
@@ -1416,6 +1442,17 @@ def init_group_of_one():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
+@contextlib.contextmanager
+def alone():
+    """Within, each process is a group of its own; afterwards all are one group again, once the last has come so far."""
+    everyone = dist.group.WORLD
+    meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    dist.group.WORLD, _ = dist.new_subgroups(group_size=1, backend="gloo")
+    yield  # where this raises, the process ends as a group of its own, and so tells what went wrong itself
+    dist.group.WORLD = everyone
+    dist.barrier(meeting)
+
+
 def choose_device():
     """This process's GPU, or the CPU. Where the GPUs are too few, the program ends.
 
@@ -1493,7 +1530,7 @@ def fail(message):
 
 
 def progress_bar(total, description):
-    """A bar of examples on a terminal, of one process alone; none where the output is a file, which it would fill."""
+    """Progress bar, on rank 0 and only on a terminal."""
     hidden = os.environ.get("RANK", "0") != "0" or None  # None: tqdm looks whether it is a terminal
     return tqdm(total=total, desc=description, unit=" examples", leave=False, disable=hidden)
 
@@ -1520,7 +1557,7 @@ def autocast(device, precision):
 
 
 def quiet_libraries():
-    """Silence reports that a user can do nothing about; load_model() looks for the ones that matter itself."""
+    """Silence reports that a user can do nothing about; load_model() checks the important ones itself."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
@@ -1535,7 +1572,7 @@ def quiet_libraries():
 
 
 def check_before_start(args, device):
-    """What can be known to fail at the end is said at the start."""
+    """Fail early on what would otherwise fail at the end."""
     share = args.batch_size // (1 if args.n_trials else dist.get_world_size())
     if device.type == "cuda" and share < 64:
         say(f"note: {share} examples a step for each GPU keep it waiting for the host; a larger --batch_size does not")
@@ -1554,7 +1591,10 @@ def check_before_start(args, device):
             os.environ["HF_TOKEN"] = read_secret(args.hf_token_secret)  # of this process, which pushes, and no other
         if huggingface_hub.get_token() is None:
             raise UserError("--hub_model_id needs a token: run 'hf auth login', or set HF_TOKEN")
-    for written in [args.output_dir] + [os.path.join(args.checkpoint_dir, "teacher")] * (args.teacher_epochs > 0):
+    written_folders = [args.output_dir]
+    if args.teacher_epochs:
+        written_folders.append(os.path.join(args.checkpoint_dir, "teacher"))
+    for written in written_folders:
         for read in (args.teacher_id, args.student_id):
             if os.path.realpath(os.path.expanduser(read)) == os.path.realpath(written):
                 raise UserError(f"{read} would be overwritten: choose another --output_dir")
@@ -1567,7 +1607,9 @@ def check_before_start(args, device):
 
 def check_batches(args, labels):
     """Every rank must have a part of every batch, of the teacher's training and of the student's."""
-    counts = [len(labels["train"])] + [labelled_count(labels)] * (args.teacher_epochs > 0)
+    counts = [len(labels["train"])]
+    if args.teacher_epochs:
+        counts.append(labelled_count(labels))
     smallest = min(count // math.ceil(count / args.batch_size) for count in counts)
     if smallest < dist.get_world_size():
         raise UserError(
