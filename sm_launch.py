@@ -268,7 +268,7 @@ def fetch(session, model, checkpoints, folder):
         tar.extractall(folder, filter="data")
     if checkpoints:
         bucket, key = checkpoints.s3_uri.removeprefix("s3://").split("/", 1)
-        session.download_data(os.path.join(folder, "teacher"), bucket, f"{key}/teacher")
+        session.download_data(os.path.join(folder, "teacher"), bucket, f"{key}/teacher/")
 
 
 def launch(args, job, given, boto_session):

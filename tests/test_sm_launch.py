@@ -431,7 +431,8 @@ def test_wait_prints_the_log_and_fetches_student_and_teacher(aws, at_its_end, ca
         [request] = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
         kept = request["CheckpointConfig"]["S3Uri"].removeprefix(f"s3://{BUCKET}/")
         s3.put_object(Bucket=BUCKET, Key=f"{kept}/teacher/config.json", Body=b"{}")
-        s3.put_object(Bucket=BUCKET, Key=f"{kept}/checkpoint.pt", Body=b"")
+        for other in ("checkpoint.pt", "teacher_logits.safetensors"):
+            s3.put_object(Bucket=BUCKET, Key=f"{kept}/{other}", Body=b"")
         group, stream = "/aws/sagemaker/TrainingJobs", f"{name}/algo-1-1700000000"
         logs.create_log_group(logGroupName=group)
         logs.create_log_stream(logGroupName=group, logStreamName=stream)
