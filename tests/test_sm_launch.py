@@ -290,7 +290,7 @@ def refusal(capsys, argv):
     [
         ("-- --temparature 4", "--temparature"),
         ("-- --epochs many", "invalid int value"),
-        ("--epochs 3", "behind a bare --"),
+        ("--epochs 3", "after a bare --"),
         ("--instance_count 0", "at least 1"),
         ("--max_hours 0", "greater than 0"),
         ("--job_name -x", "--job_name"),
@@ -309,7 +309,7 @@ def refusal(capsys, argv):
         ('-- --label_column "it\'s"', "apostrophe"),
         (f"-- --label_column {'x' * 2501}", "2,500"),
         ("-- --hub_model_id me/it", "--hf_token_secret"),
-        ("--instance_type ml.g5.13xlarge", "did you mean ml.g5."),
+        ("--instance_type ml.g5.13xlarge", "SageMaker has no ml.g5.13xlarge"),
         ("--instance_type ml.c5.xlarge", "NVIDIA"),
         ("--region eu-central-2", "another --region"),
         ("--region us-esat-1", "another --region"),
