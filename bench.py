@@ -3,8 +3,8 @@
     python bench.py --demo                                       # what `python distill.py --demo` has left in outputs
     python bench.py --teacher_id T --student_id S1,S2 --dataset_id nyu-mll/glue --dataset_config sst2
 
-Models are measured as they would be served: in eval mode, under inference_mode, the weights in the named precision, on
-the same texts, each batch padded to its longest.
+Models are measured as they would be served: in eval mode, under inference_mode, with weights in the given precision.
+All of them get the same texts, each batch padded to its longest.
 """
 
 import argparse
@@ -41,48 +41,54 @@ def parse_args(argv=None):
     """The command line as a namespace. What is wrong with it ends the program: one line on stderr, exit code 2."""
     parser = argparse.ArgumentParser(
         description="Measure the size, latency and accuracy of a teacher and its students.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=distill.DefaultsFormatter,
         allow_abbrev=False,
     )
     parser.error = distill.fail
     boolean = {"type": distill.true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
     add = parser.add_argument
     # Models
-    add("--teacher_id", help="Hub id or local folder: what the others are compared with")
+    add("--teacher_id", help="Hub id or local folder: the model that the students are compared with")
     add("--student_id", type=list_of(str), default=[], help="Hub ids or local folders, comma-separated")
     # Data
-    add("--dataset_id", help="Hub id, or local folder or file (default: none, hence no accuracy and no real lengths)")
+    add("--dataset_id", help="Hub id, or local folder or file; without it there is no accuracy and no real length")
     add("--dataset_config", help="configuration of a Hub data set")
-    add("--train_split", default="train", help="split that tells the classes")
-    add("--eval_split", default="validation", help="split to answer; slices such as 'test[:1000]' work")
+    add("--train_split", default="train", help="split that the class names are read from")
+    add("--eval_split", default="validation", help="split to score; slices such as 'test[:1000]' work")
     add("--text_columns", type=distill.column_names, help="one or two columns, comma-separated (default: found)")
     add("--label_column", default="label", help="column of the true labels")
-    add("--max_length", type=distill.at_least(int, 3), default=512, help="tokens an example of the data, at most")
-    add("--demo", **boolean, default=False, help="the demo's test split, and the models that it has left in ./outputs")
-    # The grid of measurements; the headline is about the first of each list
+    add("--max_length", type=distill.at_least(int, 3), default=512, help="tokens an example, at most")
+    add(
+        "--demo",
+        **boolean,
+        default=False,
+        help="the demo's test split, and the models that the demo leaves in ./outputs",
+    )
+    # The grid of measurements; the headline is the first of each list
     add("--batch_sizes", type=list_of(distill.at_least(int, 1)), default=[1, 8, 32, 128], help="examples a batch")
-    add("--lengths", type=list_of(length), help="tokens an example; real: the data's own (default: real,16,64,128)")
-    add("--precision", type=list_of(precision), default=["fp32"], help="of the weights: fp32, bf16, fp16")
-    add("--compile", **boolean, default=False, help="measure every model compiled by torch.compile, too")
-    add("--min_run_time", type=distill.above_zero, default=0.5, help="seconds on the clock, a model and cell, at least")
+    add(
+        "--lengths",
+        type=list_of(length),
+        help="tokens an example; real: the data's own (default: real, if there is data, then 16,64,128)",
+    )
+    add("--precision", type=list_of(precision_name), default=["fp32"], help="of the weights: fp32, bf16, fp16")
+    add("--compile", **boolean, default=False, help="measure every model under torch.compile, too")
+    add(
+        "--min_run_time", type=distill.above_zero, default=0.5, help="seconds to time each model in each cell, at least"
+    )
     # Machine
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is a GPU")
     add("--threads", type=distill.at_least(int, 1), default=torch.get_num_threads(), help="CPU threads")
     # What a run leaves behind
-    add("--output", default="bench.json", help="file of all medians and their spread")
-    add("--model_card", metavar="DIR", help="put the table into DIR/README.md, in place of an older one")
-    add(
-        "--disagreements",
-        metavar="FILE",
-        help="jsonl file of the examples that a student or its teacher alone got right",
-    )
+    add("--output", default="bench.json", help="JSON file of every figure")
+    add("--model_card", metavar="DIR", help="put the tables into DIR/README.md, in place of older ones")
 
     args = parser.parse_args(argv)
     if args.demo:
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     if args.lengths is None:
-        args.lengths = ["real"] * (args.dataset_id is not None) + [16, 64, 128]
+        args.lengths = ["real", 16, 64, 128] if args.dataset_id else [16, 64, 128]
     args.command = shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
@@ -99,51 +105,50 @@ def length(text):
     return text if text == "real" else distill.at_least(int, 3)(text)
 
 
-def precision(text):
+def precision_name(text):
     if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(DTYPES)}, not '{text}'")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, not '{text}'")
     return text
 
 
 def check_before_start(args):
-    """What can be known to fail at the end is said at the start."""
+    """Fail early on what would otherwise fail at the end."""
     models = [args.teacher_id, *args.student_id]
     if args.teacher_id is None:
-        raise UserError("which models? Name them by --teacher_id and --student_id, or use --demo")
+        raise UserError("no model is named: give --teacher_id and --student_id, or use --demo")
     if len(set(models)) < len(models):
         raise UserError(f"a model is named twice: {', '.join(models)}")
-    if args.dataset_id is None and ("real" in args.lengths or args.disagreements):
-        raise UserError("real lengths and disagreements are a data set's: name one by --dataset_id")
-    for path in filter(None, (args.output, args.disagreements)):
-        if not os.access(os.path.dirname(path) or ".", os.W_OK):
-            raise UserError(f"cannot write {path}: make its folder first, or name another")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    if args.dataset_id is None and "real" in args.lengths:
+        raise UserError("--lengths real needs a data set: name one by --dataset_id")
+    if not os.access(os.path.dirname(args.output) or ".", os.W_OK):
+        raise UserError(f"cannot write {args.output}: make its folder first, or choose another --output")
     if args.model_card and not os.path.isfile(os.path.join(args.model_card, "README.md")):
-        raise UserError(f"--model_card: {args.model_card} holds no README.md to put the table into")
+        raise UserError(f"--model_card: {args.model_card} holds no README.md to put the tables into")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
 
 
-def choose_device(args):
-    """The device, and its name. Raises UserError where there is none, or none with arithmetic in each --precision.
-
-    torch emulates much of what the hardware lacks, but slower than fp32: nobody would serve a model that way.
-    """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
-    lacks = set() if distill.multiplies_bf16(device) else {"bf16"}
+def device_name(device):
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function
-        name = capabilities().get("cpu_name", platform.machine())
-        lacks |= set() if torch.ops.mkldnn._is_mkldnn_fp16_supported() else {"fp16"}
+        return torch.cuda.get_device_name(device)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function
+    return capabilities().get("cpu_name", platform.machine())
+
+
+def check_precisions(args):
+    """Raise UserError for a precision that the hardware has no arithmetic in.
+
+    torch emulates it, but slower than fp32: nobody would serve a model that way.
+    """
+    native = {"fp32": True, "bf16": distill.multiplies_bf16(args.device)}
+    native["fp16"] = args.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
     for precision in args.precision:
-        if precision in lacks:
-            raise UserError(f"{name} has no arithmetic in {precision}: leave it out of --precision")
-    return device, name
+        if not native[precision]:
+            raise UserError(f"{args.device_name} has no arithmetic in {precision}: leave it out of --precision")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,21 +156,21 @@ def choose_device(args):
 
 
 def load_models(args, class_names):
-    """The teacher, then the students: namespaces of name, loaded (on the CPU, float32), tokenizer and size.
+    """The teacher, then the students: namespaces of name, loaded (on the CPU, in float32), tokenizer and size.
 
-    Raises UserError for a model that cannot be loaded, answers other classes, or does not reach --lengths.
+    Raises UserError for a model that cannot be loaded, has other classes, or cannot read --lengths tokens.
     """
     models = []
     for name in (args.teacher_id, *args.student_id):
         model, tokenizer = distill.load_model(name)
         own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
         class_names = class_names or own_names
-        # The other way round too: without a data set it may be the teacher that only has names like LABEL_0.
+        # Both ways round: without a data set it may be the teacher whose classes are only called LABEL_0, LABEL_1.
         order = data.match_classes(own_names, class_names) or data.match_classes(class_names, own_names)
         if order is None:
             raise UserError(
-                f"{name} answers {', '.join(own_names)}, not {', '.join(class_names)}: leave it out, "
-                "or name its classes the same in its config.json"
+                f"{name} has the classes {', '.join(own_names)}, not {', '.join(class_names)}: leave it out, "
+                "or rename its classes in its config.json"
             )
         distill.reorder_classes(model, order, class_names)
         for tokens in args.lengths:
@@ -178,18 +183,18 @@ def load_models(args, class_names):
 
 
 def parameter_counts(model):
-    """All parameters, and those outside the embeddings, which are only looked up: they cost bytes, hardly any time."""
+    """All parameters, and those outside the embeddings: these are only looked up, which takes hardly any time."""
     embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     count = distill.parameter_count(model)
     return {"parameters": count, "without_embeddings": count - sum(map(distill.parameter_count, embeddings))}
 
 
 def disk_bytes(model_id):
-    """Bytes of the weights' files in the model's folder or the Hub's cache, in whatever precision they were saved."""
+    """Bytes of the weight files in the model's folder or the Hub's cache, in whatever precision they were saved."""
     folder = data.demo_model() if model_id == "demo" else os.path.expanduser(model_id)
     if not os.path.isdir(folder):
         folder = snapshot_download(folder, local_files_only=True)
-    # In the order in which transformers looks for them; beside them may lie other files, such as teacher_logits.
+    # In the order in which transformers looks for them. Other files, such as teacher_logits, may lie beside them.
     for kind in (r"model(-.*-of-.*)?\.safetensors", r"pytorch_model(-.*-of-.*)?\.bin"):
         sizes = [entry.stat().st_size for entry in os.scandir(folder) if re.fullmatch(kind, entry.name)]
         if sizes:
@@ -198,12 +203,12 @@ def disk_bytes(model_id):
 
 @torch.inference_mode()
 def memory_bytes(model, batches):
-    """Bytes of the weights; on a GPU, the most that the forwards of some batches take, weights included."""
+    """Bytes of the weights; on a GPU, the peak over the forward passes of some batches, weights included."""
     weights = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
     if not next(model.parameters()).is_cuda:
         return weights
     torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated() - weights  # the other models lie there too
+    others = torch.cuda.memory_allocated() - weights  # the other models are on the GPU too
     for inputs in batches:
         model(**inputs)
     return torch.cuda.max_memory_allocated() - others
@@ -212,24 +217,23 @@ def memory_bytes(model, batches):
 # ---------------------------------------------------------------------------------------------------------------------
 # Latency
 
-SAMPLE = 128  # texts of the data set, the same for all models; as many batches of one tell a p99
+SAMPLE = 128  # texts of the data set, the same for all models; enough batches of one text for a p99
 MIN_CALLS = 5
 
 
 @torch.inference_mode()
 def measure(calls, batches, min_run_time, threads):
-    """Time functions of a batch in turn, A B A B …, so that what slows the machine for a while slows them all.
+    """Time functions in turn, A B A B …, so that whatever slows the machine for a while slows all of them.
 
-    Timer makes each call twice to warm up, then once on the clock; it synchronises the GPU before and after, and fixes
-    the number of threads. Its autorange would time many calls as one: such means have no percentiles.
+    Timer makes each call twice to warm up and once on the clock; it synchronises the GPU before and after, and sets
+    the number of threads. Its autorange would time many calls as one, and such means have no percentiles.
 
     Args:
         calls: {name: function of a batch}.
-        batches: a list. It is gone through, by all functions alike, until each of them has been on the clock for
-            min_run_time seconds and MIN_CALLS times.
+        batches: a list, repeated until every function has run for min_run_time seconds and MIN_CALLS times.
 
     Returns:
-        {name: seconds of every call}, without those that ran out of memory.
+        {name: seconds of every call}, without the functions that ran out of memory.
     """
     times = {name: [] for name in calls}
     while any(len(own) < MIN_CALLS or sum(own) < min_run_time for own in times.values()):
@@ -246,17 +250,20 @@ def measure(calls, batches, min_run_time, threads):
 
 
 def describe(times):
-    """Calls, and percentiles in ms; those in the tail are None where the calls are too few to tell."""
+    """The number of calls, and percentiles in ms: None where the calls are too few for one."""
     if times is None:
         return {"error": "out of memory"}
     cuts = statistics.quantiles(times, n=100, method="inclusive")
-    told = {q: len(times) * (100 - q) >= 100 for q in (25, 50, 75, 90, 99)}
-    return {"calls": len(times), **{f"p{q}_ms": 1000 * cuts[q - 1] if told[q] else None for q in told}}
+    timing = {"calls": len(times)}
+    for q in (25, 50, 75, 90, 99):
+        enough = len(times) * (100 - q) >= 100  # at least one call beyond the percentile
+        timing[f"p{q}_ms"] = 1000 * cuts[q - 1] if enough else None
+    return timing
 
 
 def text_batches(split, batch_size, size):
     """The texts of one cell of the grid: a list of batches, each a list of one or two columns of strings."""
-    if size != "real":  # in every vocabulary a number is at least one token: cut, these are exactly `size`
+    if size != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `size`
         return [[[" ".join(map(str, range(size)))] * batch_size]]
     if batch_size > len(split):
         raise UserError(f"--batch_sizes {batch_size}: the split has only {len(split)} examples")
@@ -265,10 +272,10 @@ def text_batches(split, batch_size, size):
 
 
 def measure_cell(models, texts, size, args):
-    """One cell of the grid, texts being its batches: a dictionary for each model, the teacher first.
+    """Measure one cell of the grid, whose batches are `texts`: a dictionary for each model, the teacher first.
 
-    "model", "tokenizer" and "both" hold what describe() gives for the model alone, for text to padded tensors on the
-    device, and for one after the other; the last two only where the texts are real.
+    "model", "tokenizer" and "both" hold what describe() gives for the model alone, for the way from text to padded
+    tensors on the device, and for both together; the last two only where the texts are real.
     """
     models = {model.name: model for model in models}
     encoding = {"truncation": True, "max_length": args.max_length if size == "real" else size, "padding": True}
@@ -300,19 +307,19 @@ def measure_cell(models, texts, size, args):
 
 
 def wilson(hits, n):
-    """The 95% interval of a proportion, after Wilson (1927): unlike p ± 2σ it is right near 0 and 1."""
+    """The 95% interval of a proportion (Wilson, 1927), which unlike p ± 2σ also holds near 0 and 1."""
     z = statistics.NormalDist().inv_cdf(0.975)
     centre, reach = hits + z**2 / 2, z * (hits * (n - hits) / n + z**2 / 4) ** 0.5
     return (centre - reach) / (n + z**2), (centre + reach) / (n + z**2)
 
 
 def mcnemar(one_alone, other_alone):
-    """Exact two-sided p of two models being equally good, given the examples that each alone got right (McNemar, 1947).
+    """Exact two-sided p value of McNemar's test (1947), given the number of examples that each model alone got right.
 
-    Were they equally good, each such example would fall to either of them by the toss of a coin: a binomial tail.
+    If the models are equally good, each of these examples is the toss of a coin: p is a tail of the binomial.
     """
     n = one_alone + other_alone
-    tail, ways = 0, 1  # ways: n choose k, from the one before; math.comb would be slow for thousands of them
+    tail, ways = 0, 1  # ways is n choose k, from its predecessor: math.comb would be slow for thousands of examples
     for k in range(min(one_alone, other_alone) + 1):
         tail += ways
         ways = ways * (n - k) // (k + 1)
@@ -320,7 +327,7 @@ def mcnemar(one_alone, other_alone):
 
 
 def compare(logits, teacher_logits, labels):
-    """distill.py's scores of a model, how sure they are, and how it differs from its teacher; all on the CPU."""
+    """distill.score() of a model, the confidence interval of its accuracy, and how it differs from its teacher."""
     right, teacher_right = [each.argmax(-1) == labels for each in (logits, teacher_logits)]
     alone, teacher_alone = int((right & ~teacher_right).sum()), int((teacher_right & ~right).sum())
     return {
@@ -332,49 +339,22 @@ def compare(logits, teacher_logits, labels):
     }
 
 
-def disagreements(logits, teacher_logits, split, class_names):
-    """A dictionary for each example that either the student or its teacher got right, not both."""
-    student, teacher = [each.softmax(-1).max(-1) for each in (logits, teacher_logits)]
-    differ = (student.indices == split.labels) != (teacher.indices == split.labels)
-    for row in differ.nonzero().flatten().tolist():
-        texts = list(split.texts[row].values())
-        yield {
-            "text": texts if len(texts) > 1 else texts[0],
-            "label": class_names[split.labels[row]],
-            "student_answer": class_names[student.indices[row]],
-            "student_confidence": student.values[row].item(),
-            "teacher_answer": class_names[teacher.indices[row]],
-            "teacher_confidence": teacher.values[row].item(),
-        }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
 
 
 def summarize(models, scores, cells, args):
-    """A row for each model in each precision, compiled or not, with its speed in the headline's cell."""
+    """A row for each model in each precision, compiled or not, with its speed in the first cell of the grid."""
     sizes = {model.name: model.size for model in models}
-    rows = [
-        {**cell, **sizes[cell["name"]], **scores.get((cell["name"], cell["precision"]), {})}
-        for cell in cells
-        if (cell["batch_size"], cell["length"]) == (args.batch_sizes[0], args.lengths[0])
-    ]
-    students = [row for row in rows if row["name"] != args.teacher_id and "accuracy" in row and "speed_up" in row]
-    for row in students:
-        rivals = [other for other in students if variant(other) == variant(row)]
-        row["pareto"] = len(rivals) > 1 and not any(beats(other, row) for other in rivals)
+    rows = []
+    for cell in cells:
+        if (cell["batch_size"], cell["length"]) == (args.batch_sizes[0], args.lengths[0]):
+            rows.append({**cell, **sizes[cell["name"]], **scores.get((cell["name"], cell["precision"]), {})})
     return rows
 
 
-def beats(one, other):
-    """Whether one is at least as fast and at least as accurate as the other, and not equal in both."""
-    one, other = [(-row["model"]["p50_ms"], row["accuracy"]) for row in (one, other)]
-    return one != other and one[0] >= other[0] and one[1] >= other[1]
-
-
 def variant(row):
-    return row["precision"] + ", compiled" * row["compile"]
+    return f"{row['precision']}, compiled" if row["compile"] else row["precision"]
 
 
 def shown(value, form=",.2f", unit=1):
@@ -383,7 +363,7 @@ def shown(value, form=",.2f", unit=1):
 
 def model_columns(row):
     columns = {
-        "model": row["name"] + " ★" * row.get("pareto", False),
+        "model": row["name"],
         "precision": variant(row),
         "parameters": shown(row["parameters"], ",.0f"),
         "without embeddings": shown(row["without_embeddings"], ",.0f"),
@@ -422,42 +402,43 @@ def cell_columns(cell, args):
 
 
 def table(rows):
-    """Dictionaries with the same keys as a Markdown table, all but the first column to the right."""
-    lines = [rows[0].keys(), ["---", *["---:"] * (len(rows[0]) - 1)], *[row.values() for row in rows]]
+    """Dictionaries with the same keys as a Markdown table, all columns but the first aligned to the right."""
+    header = list(rows[0])
+    rule = ["---" if name == header[0] else "---:" for name in header]
+    lines = [header, rule, *[row.values() for row in rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(rows, cells, args):
-    """The Markdown text: the headline, a row for each model, how it was measured, and the grid."""
+    """The Markdown text: the headlines, a row for each model, the conditions of the measurement, and the grid."""
     where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
-    lines = [
-        f"**{row['name']} is {row['speed_up']:.2f} times as fast as {args.teacher_id}** ({where}, {variant(row)})."
-        for row in rows
-        if row["name"] != args.teacher_id and variant(row) == variant(rows[0]) and row.get("speed_up")
-    ]
+    headlines = []
+    for row in rows:
+        if row["name"] != args.teacher_id and variant(row) == variant(rows[0]) and row.get("speed_up"):
+            ratio = f"{row['speed_up']:.2f} times as fast as {args.teacher_id}"
+            headlines.append(f"**{row['name']} is {ratio}** ({where}, {variant(row)}).")
+    memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
     notes = [
         f"p50 and speed-up: medians at {where}, each batch padded to its longest text.",
-        "Memory: the weights" + " and the peak of a forward" * (args.device.type == "cuda") + ". "
-        "Embeddings are only looked up: they take memory, but hardly any time.",
+        f"Memory: {memory}. Embeddings are only looked up: they take memory, but hardly any time.",
     ]
     if args.dataset_id:
-        notes.append(f"Accuracy: on {args.eval_split} of {args.dataset_id}, with Wilson's interval.")
-        notes.append(
-            "Alone right: examples that only this model : only the teacher got right; p: McNemar's exact test."
-        )
-    if any(row.get("pareto") for row in rows):
-        notes.append("★: no other student beats it in both latency and accuracy.")
+        notes += [
+            f"Accuracy: on the {args.eval_split} split of {args.dataset_id}, with Wilson's 95% interval.",
+            "Alone right: examples that only this model : only the teacher got right; p: McNemar's exact test.",
+        ]
     notes.append(
         f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), torch {torch.__version__}, "
-        f"compile {'on' if args.compile else 'off'}, transformers {transformers.__version__}: `{args.command}`"
+        f"transformers {transformers.__version__}: `{args.command}`"
     )
     notes = "\n".join(f"- {note}" for note in notes)
-    lines += [table([model_columns(row) for row in rows]), notes, table([cell_columns(cell, args) for cell in cells])]
-    return "\n\n".join(lines)
+    models = table([model_columns(row) for row in rows])
+    grid = table([cell_columns(cell, args) for cell in cells])
+    return "\n\n".join([*headlines, models, notes, grid])
 
 
 def put_into_card(text, path, name="bench"):
-    """Write text between a name's markers in a file, in place of what stands there; at the end if there are none."""
+    """Put text between the markers of that name in a file, or at its end if it has no such markers."""
     block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
     with open(path, encoding="utf-8") as file:
         card = file.read()
@@ -472,9 +453,9 @@ def put_into_card(text, path, name="bench"):
 
 def run(args):
     torch.set_num_threads(args.threads)
-    os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # what the tokenizers go by when they first start threads
+    os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # read by the tokenizers when they first start threads
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # beyond its 8 torch.compile would run uncompiled, and not say so
+        torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 torch.compile silently runs eagerly
 
     # 1. Read.
     split = class_names = None
@@ -487,21 +468,19 @@ def run(args):
     models = load_models(args, class_names)
     texts = {cell: text_batches(split, *cell) for cell in itertools.product(args.batch_sizes, args.lengths)}
 
-    # 2. Measure. All models lie on the device together, since they take turns.
-    cells, scores, found = [], {}, []
-    bar = tqdm(total=len(texts) * len(args.precision) * (1 + args.compile), unit=" cells", leave=False, disable=None)
+    # 2. Measure. All models are on the device together, since they take turns.
+    cells, scores = [], {}
+    modes = [False, True] if args.compile else [False]
+    bar = tqdm(total=len(texts) * len(args.precision) * len(modes), unit=" cells", leave=False, disable=None)
     for precision in args.precision:
         for model in models:
             model.network = copy.deepcopy(model.loaded).to(args.device, DTYPES[precision])
             if split:
                 tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(args.device)
-                # "fp32" is to say: no autocast; the weights have their precision already.
+                # "fp32" means no autocast here: the weights are already in their precision.
                 model.logits = distill.predict(model.network, tokens, "fp32", model.name).cpu()
-                logits = model.logits, models[0].logits
-                scores[model.name, precision] = compare(*logits, split.labels)
-                for example in disagreements(*logits, split, class_names):
-                    found.append({"student": model.name, "precision": precision, **example})
-        for compiled in [False, True][: 1 + args.compile]:
+                scores[model.name, precision] = compare(model.logits, models[0].logits, split.labels)
+        for compiled in modes:
             if compiled:
                 for model in models:
                     model.network = torch.compile(model.network, dynamic=True)
@@ -511,15 +490,12 @@ def run(args):
                 bar.update()
     bar.close()
 
-    # 3. Tell.
+    # 3. Report.
     rows = summarize(models, scores, cells, args)
     text = report(rows, cells, args)
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     arguments = {**vars(args), "device": args.device.type}
     distill.write_json(args.output, {"versions": versions, "arguments": arguments, "models": rows, "cells": cells})
-    if args.disagreements:
-        with distill.complete_file(args.disagreements) as path, open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in found)
     if args.model_card:
         put_into_card(text, os.path.join(args.model_card, "README.md"))
     print(text)
@@ -531,7 +507,9 @@ def main(argv=None):
     distill.quiet_libraries()
     try:
         check_before_start(args)
-        args.device, args.device_name = choose_device(args)
+        args.device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
+        args.device_name = device_name(args.device)
+        check_precisions(args)
         with distill.process_group(args.device):
             run(args)
     except UserError as error:

@@ -136,8 +136,10 @@ def test_other_errors_are_not_taken_for_out_of_memory():
 
 
 def test_percentiles():
-    told = bench.describe([second / 1000 for second in range(1, 102)])
-    assert told == pytest.approx({"calls": 101, "p25_ms": 26, "p50_ms": 51, "p75_ms": 76, "p90_ms": 91, "p99_ms": 100})
+    timing = bench.describe([second / 1000 for second in range(1, 102)])
+    assert timing == pytest.approx(
+        {"calls": 101, "p25_ms": 26, "p50_ms": 51, "p75_ms": 76, "p90_ms": 91, "p99_ms": 100}
+    )
     assert bench.describe([0.001] * 99)["p99_ms"] is None and bench.describe([0.001] * 9)["p90_ms"] is None
 
 
@@ -197,38 +199,17 @@ def test_mcnemar_nears_the_normal_distribution_for_many_examples():
     assert bench.mcnemar(9900, 10100) == pytest.approx(0.1594, abs=2e-4)
 
 
-def test_comparison_and_disagreements_by_hand(write_csv):
-    rows = [("a", "no"), ("b", "yes"), ("c", "yes"), ("d", "no"), ("e", "yes"), ("f", "no")]
-    split = data.load_splits(os.path.dirname(write_csv("set/train.csv", rows)), split_names={"train": "train"})[0][
-        "train"
-    ]
-    teacher = torch.tensor([[9.0, 0], [0, 9], [0, 9], [0, 9], [9, 0], [9, 0]])  # no yes yes YES NO no
-    student = torch.tensor([[9.0, 0], [9, 0], [0, 9], [2, 0], [0, 9], [9, 0]])  # no NO yes no yes no
-    scores = bench.compare(student, teacher, split.labels)
+def test_comparison_by_hand():
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    teacher = torch.tensor([[9.0, 0], [0, 9], [0, 9], [0, 9], [9, 0], [9, 0]])  # 0 1 1 wrong wrong 0
+    student = torch.tensor([[9.0, 0], [9, 0], [0, 9], [2, 0], [0, 9], [9, 0]])  # 0 wrong 1 0 1 0
+    scores = bench.compare(student, teacher, labels)
     assert (scores["accuracy"], scores["agreement"]) == pytest.approx((5 / 6, 3 / 6))
     assert (scores["alone_right"], scores["teacher_alone_right"], scores["mcnemar_p"]) == (2, 1, 1.0)
     assert scores["accuracy_interval"] == bench.wilson(5, 6)
-    found = list(bench.disagreements(student, teacher, split, ["no", "yes"]))
-    assert [(row["text"], row["label"]) for row in found] == [("b", "yes"), ("d", "no"), ("e", "yes")]
-    assert found[1]["student_answer"] == "no" and found[1]["teacher_answer"] == "yes"
-    confidences = found[1]["student_confidence"], found[1]["teacher_confidence"]
-    assert confidences == pytest.approx((1 / (1 + 2.718281828**-2), 1 / (1 + 2.718281828**-9)))
 
 
 # Tables
-
-
-def test_pareto_front_marks_students_that_no_other_beats():
-    args = bench.parse_args(["--teacher_id", "t", "--student_id", "a,b,c,d,e", "--batch_sizes", "1", "--lengths", "8"])
-    figures = {"t": (1, 1.0), "a": (5, 0.9), "b": (6, 0.9), "c": (9, 0.95), "d": (7, 0.8), "e": (2, 0.5)}
-    where = {"precision": "fp32", "compile": False, "batch_size": 1, "length": 8}
-    cells = [{"name": name, **where, "model": {"p50_ms": ms}, "speed_up": 1.0} for name, (ms, _) in figures.items()]
-    models = [bench.argparse.Namespace(name=name, size={}) for name in figures]
-    scores = {(name, "fp32"): {"accuracy": accuracy} for name, (_, accuracy) in figures.items()}
-    rows = bench.summarize(models, scores, cells, args)
-    assert [row["name"] for row in rows if row.get("pareto")] == ["a", "c", "e"]
-    rows = bench.summarize(models, scores, cells[:2], args)  # nothing to choose from
-    assert not any(row.get("pareto") for row in rows)
 
 
 def test_model_card_gets_the_table_once(tmp_path):
@@ -261,7 +242,7 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
     card.write_text("# Teacher\n")
     grid = ["--batch_sizes", "2,1", "--lengths", "real,8", "--precision", "fp32,bf16", "--compile"]
     models = ["--teacher_id", teacher, "--student_id", ",".join(students), "--dataset_id", reviews_folder]
-    run(*models, *grid, "--eval_split", "test", "--model_card", teacher, "--disagreements", "found.jsonl")
+    run(*models, *grid, "--eval_split", "test", "--model_card", teacher)
 
     *markdown, last = capsys.readouterr().out.splitlines()
     markdown = "\n".join(markdown)
@@ -275,7 +256,7 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
         "model | precision | batch | tokens | p50 ms | p90 ms | p99 ms | calls | examples/s | speed-up"
         " | tokenizer p50 ms | both p50 ms",
     ]
-    for stated in ("batch 2, real lengths", "test CPU (cpu, 1 CPU threads)", torch.__version__, "compile on", "★"):
+    for stated in ("batch 2, real lengths", "test CPU (cpu, 1 CPU threads)", torch.__version__):
         assert stated in markdown
     assert card.read_text() == f"# Teacher\n\n<!-- bench -->\n{markdown}\n<!-- /bench -->\n"
 
@@ -305,11 +286,6 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
             )
             assert row["accuracy"] == pytest.approx(scores["accuracy"])
             assert row["loss"] == pytest.approx(scores["loss"], rel=1e-4)
-    found = [json.loads(line) for line in Path("found.jsonl").read_text().splitlines()]
-    counts = [
-        [row["student"] == student and row["precision"] == "fp32" for row in found].count(True) for student in students
-    ]
-    assert counts == [row["alone_right"] + row["teacher_alone_right"] for row in rows[1:3]]
 
 
 def test_classes_are_compared_by_name_not_by_position(run, save_tiny, reviews_folder, capsys):
@@ -384,9 +360,9 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, t
     assert "nowhere" in fails(*small, "--student_id", tmp_path / "nowhere")
     assert "named twice" in fails(*small, "--student_id", model)
     other = save_tiny("other", classes=("sport", "politics"))
-    assert "answers sport, politics, not negative, positive" in fails(*small, "--student_id", other)
+    assert "the classes sport, politics, not negative, positive" in fails(*small, "--student_id", other)
     three = save_tiny("three", classes=("a", "b", "c"))
-    assert "answers a, b, c" in fails(*small, "--student_id", three, "--dataset_id", reviews_folder)
+    assert "the classes a, b, c" in fails(*small, "--student_id", three, "--dataset_id", reviews_folder)
     assert "64 tokens at most" in fails(*small, "--lengths", "8,65")
     assert "data set" in fails(*small, "--lengths", "real")
     assert "only 53 examples" in fails(*small, "--dataset_id", reviews_folder, "--lengths", "real", "--batch_sizes", 54)
