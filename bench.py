@@ -93,62 +93,293 @@ def parse_args(argv=None):
     return args
 
 
-def list_of(kind):
-    def parse(text):
-        return [kind(part.strip()) for part in text.split(",")]
-
-    parse.__name__ = f"list of {kind.__name__}"  # argparse says "invalid list of int value"
-    return parse
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
 
 
-def length(text):
-    return text if text == "real" else distill.at_least(int, 3)(text)
+def run(args):
+    torch.set_num_threads(args.threads)
+    os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # read by the tokenizers when they first start threads
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 torch.compile silently runs eagerly
 
+    # 1. Read.
+    split = class_names = None
+    if args.dataset_id:
+        roles = {"train": args.train_split, "eval": args.eval_split}
+        splits, class_names = data.load_splits(
+            args.dataset_id, args.dataset_config, roles, args.text_columns, args.label_column
+        )
+        split = splits["eval"]
+    models = load_models(args, class_names)
+    texts = {cell: text_batches(split, *cell) for cell in itertools.product(args.batch_sizes, args.lengths)}
 
-def precision_name(text):
-    if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, not '{text}'")
-    return text
+    # 2. Measure. All models are on the device together, since they take turns.
+    cells, scores = [], {}
+    modes = [False, True] if args.compile else [False]
+    bar = tqdm(total=len(texts) * len(args.precision) * len(modes), unit=" cells", leave=False, disable=None)
+    for precision in args.precision:
+        for model in models:
+            model.network = copy.deepcopy(model.loaded).to(args.device, DTYPES[precision])
+            if split:
+                tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(args.device)
+                # "fp32" means no autocast here: the weights are already in their precision.
+                model.logits = distill.predict(model.network, tokens, "fp32", model.name).cpu()
+                scores[model.name, precision] = compare(model.logits, models[0].logits, split.labels)
+        for compiled in modes:
+            if compiled:
+                for model in models:
+                    model.network = torch.compile(model.network, dynamic=True)
+            for (_, size), batches in texts.items():
+                rows = measure_cell(models, batches, size, args)
+                cells += [{"precision": precision, "compile": compiled, **row} for row in rows]
+                bar.update()
+    bar.close()
 
-
-def check_before_start(args):
-    """Fail early on what would otherwise fail at the end."""
-    models = [args.teacher_id, *args.student_id]
-    if args.teacher_id is None:
-        raise UserError("no model is named: give --teacher_id and --student_id, or use --demo")
-    if len(set(models)) < len(models):
-        raise UserError(f"a model is named twice: {', '.join(models)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    if args.dataset_id is None and "real" in args.lengths:
-        raise UserError("--lengths real needs a data set: name one by --dataset_id")
-    if not os.access(os.path.dirname(args.output) or ".", os.W_OK):
-        raise UserError(f"cannot write {args.output}: make its folder first, or choose another --output")
-    if args.model_card and not os.path.isfile(os.path.join(args.model_card, "README.md")):
-        raise UserError(f"--model_card: {args.model_card} holds no README.md to put the tables into")
+    # 3. Report.
+    rows = summarize(models, scores, cells, args)
+    text = report(rows, cells, args)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    arguments = {**vars(args), "device": args.device.type}
+    distill.write_json(args.output, {"versions": versions, "arguments": arguments, "models": rows, "cells": cells})
+    if args.model_card:
+        put_into_card(text, os.path.join(args.model_card, "README.md"))
+    print(text)
+    print(json.dumps({"models": rows}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device
+# Latency
 
 
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function
-    return capabilities().get("cpu_name", platform.machine())
+def measure_cell(models, texts, size, args):
+    """Measure one cell of the grid, whose batches are `texts`: a dictionary for each model, the teacher first.
 
-
-def check_precisions(args):
-    """Raise UserError for a precision that the hardware has no arithmetic in.
-
-    torch emulates it, but slower than fp32: nobody would serve a model that way.
+    "model", "tokenizer" and "both" hold what describe() gives for the model alone, for the way from text to padded
+    tensors on the device, and for both together; the last two only where the texts are real.
     """
-    native = {"fp32": True, "bf16": distill.multiplies_bf16(args.device)}
-    native["fp16"] = args.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    for precision in args.precision:
-        if not native[precision]:
-            raise UserError(f"{args.device_name} has no arithmetic in {precision}: leave it out of --precision")
+    models = {model.name: model for model in models}
+    encoding = {"truncation": True, "max_length": args.max_length if size == "real" else size, "padding": True}
+
+    def tokenize(name, i):
+        return models[name].tokenizer(*texts[i], **encoding, return_tensors="pt").to(args.device)
+
+    inputs = {name: [tokenize(name, i) for i in range(len(texts))] for name in models}
+    parts = {"model": lambda name, i: models[name].network(**inputs[name][i])}
+    if size == "real":
+        parts |= {"tokenizer": tokenize, "both": lambda name, i: models[name].network(**tokenize(name, i))}
+    rows = [{"name": name, "batch_size": len(texts[0][0]), "length": size} for name in models]
+    for part, call in parts.items():
+        calls = {name: functools.partial(call, name) for name in models}
+        times = measure(calls, range(len(texts)), args.min_run_time, args.threads)
+        for row in rows:
+            row[part] = describe(times.get(row["name"]))
+    for row in rows:
+        if "error" not in row["model"]:
+            p50 = row["model"]["p50_ms"]
+            row["examples_per_second"] = 1000 * row["batch_size"] / p50
+            row["speed_up"] = None if "error" in rows[0]["model"] else rows[0]["model"]["p50_ms"] / p50
+            row["memory_bytes"] = memory_bytes(models[row["name"]].network, inputs[row["name"]])
+    return rows
+
+
+SAMPLE = 128  # texts of the data set, the same for all models; enough batches of one text for a p99
+MIN_CALLS = 5
+
+
+@torch.inference_mode()
+def measure(calls, batches, min_run_time, threads):
+    """Time functions in turn, A B A B …, so that whatever slows the machine for a while slows all of them.
+
+    Timer makes each call twice to warm up and once on the clock; it synchronises the GPU before and after, and sets
+    the number of threads. Its autorange would time many calls as one, and such means have no percentiles.
+
+    Args:
+        calls: {name: function of a batch}.
+        batches: a list, repeated until every function has run for min_run_time seconds and MIN_CALLS times.
+
+    Returns:
+        {name: seconds of every call}, without the functions that ran out of memory.
+    """
+    times = {name: [] for name in calls}
+    while any(len(own) < MIN_CALLS or sum(own) < min_run_time for own in times.values()):
+        for batch in batches:
+            for name in list(times):
+                timer = Timer("call(batch)", globals={"call": calls[name], "batch": batch}, num_threads=threads)
+                try:
+                    times[name].append(timer.timeit(1).median)
+                except RuntimeError as error:  # the CPU's allocator raises no kind of its own
+                    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                        raise
+                    del times[name]
+    return times
+
+
+def describe(times):
+    """The number of calls, and percentiles in ms: None where the calls are too few for one."""
+    if times is None:
+        return {"error": "out of memory"}
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    timing = {"calls": len(times)}
+    for q in (25, 50, 75, 90, 99):
+        enough = len(times) * (100 - q) >= 100  # at least one call beyond the percentile
+        timing[f"p{q}_ms"] = 1000 * cuts[q - 1] if enough else None
+    return timing
+
+
+def text_batches(split, batch_size, size):
+    """The texts of one cell of the grid: a list of batches, each a list of one or two columns of strings."""
+    if size != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `size`
+        return [[[" ".join(map(str, range(size)))] * batch_size]]
+    if batch_size > len(split):
+        raise UserError(f"--batch_sizes {batch_size}: the split has only {len(split)} examples")
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, batch_size)]
+    return [list(split.texts[part.tolist()].values()) for part in rows.split(batch_size) if len(part) == batch_size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accuracy
+
+
+def compare(logits, teacher_logits, labels):
+    """distill.score() of a model, the confidence interval of its accuracy, and how it differs from its teacher."""
+    right, teacher_right = [each.argmax(-1) == labels for each in (logits, teacher_logits)]
+    alone, teacher_alone = int((right & ~teacher_right).sum()), int((teacher_right & ~right).sum())
+    return {
+        **distill.score(logits, labels, teacher_logits),
+        "accuracy_interval": wilson(int(right.sum()), len(labels)),
+        "alone_right": alone,
+        "teacher_alone_right": teacher_alone,
+        "mcnemar_p": mcnemar(alone, teacher_alone),
+    }
+
+
+def wilson(hits, n):
+    """The 95% interval of a proportion (Wilson, 1927), which unlike p ± 2σ also holds near 0 and 1."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    centre, reach = hits + z**2 / 2, z * (hits * (n - hits) / n + z**2 / 4) ** 0.5
+    return (centre - reach) / (n + z**2), (centre + reach) / (n + z**2)
+
+
+def mcnemar(one_alone, other_alone):
+    """Exact two-sided p value of McNemar's test (1947), given the number of examples that each model alone got right.
+
+    If the models are equally good, each of these examples is the toss of a coin: p is a tail of the binomial.
+    """
+    n = one_alone + other_alone
+    tail, ways = 0, 1  # ways is n choose k, from its predecessor: math.comb would be slow for thousands of examples
+    for k in range(min(one_alone, other_alone) + 1):
+        tail += ways
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+
+def summarize(models, scores, cells, args):
+    """A row for each model in each precision, compiled or not, with its speed in the first cell of the grid."""
+    sizes = {model.name: model.size for model in models}
+    rows = []
+    for cell in cells:
+        if (cell["batch_size"], cell["length"]) == (args.batch_sizes[0], args.lengths[0]):
+            rows.append({**cell, **sizes[cell["name"]], **scores.get((cell["name"], cell["precision"]), {})})
+    return rows
+
+
+def report(rows, cells, args):
+    """The Markdown text: the headlines, a row for each model, the conditions of the measurement, and the grid."""
+    where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
+    headlines = []
+    for row in rows:
+        if row["name"] != args.teacher_id and variant(row) == variant(rows[0]) and row.get("speed_up"):
+            ratio = f"{row['speed_up']:.2f} times as fast as {args.teacher_id}"
+            headlines.append(f"**{row['name']} is {ratio}** ({where}, {variant(row)}).")
+    memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
+    notes = [
+        f"p50 and speed-up: medians at {where}, each batch padded to its longest text.",
+        f"Memory: {memory}. Embeddings are only looked up: they take memory, but hardly any time.",
+    ]
+    if args.dataset_id:
+        notes += [
+            f"Accuracy: on the {args.eval_split} split of {args.dataset_id}, with Wilson's 95% interval.",
+            "Alone right: examples that only this model : only the teacher got right; p: McNemar's exact test.",
+        ]
+    notes.append(
+        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}: `{args.command}`"
+    )
+    notes = "\n".join(f"- {note}" for note in notes)
+    models = table([model_columns(row) for row in rows])
+    grid = table([cell_columns(cell, args) for cell in cells])
+    return "\n\n".join([*headlines, models, notes, grid])
+
+
+def model_columns(row):
+    columns = {
+        "model": row["name"],
+        "precision": variant(row),
+        "parameters": shown(row["parameters"], ",.0f"),
+        "without embeddings": shown(row["without_embeddings"], ",.0f"),
+        "disk MB": shown(row["disk_bytes"], ",.1f", 1e6),
+        "memory MB": shown(row.get("memory_bytes"), ",.1f", 1e6),
+        "p50 ms": row["model"].get("error") or shown(row["model"]["p50_ms"]),
+        "speed-up": shown(row.get("speed_up")),
+    }
+    if "accuracy" in row:
+        low, high = row["accuracy_interval"]
+        columns["accuracy (95%)"] = f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"
+        columns["agreement"] = shown(row["agreement"], ".3f")
+        columns["alone right"] = f"{row['alone_right']} : {row['teacher_alone_right']}"
+        columns["p"] = shown(row["mcnemar_p"], ".2g")
+    return columns
+
+
+def cell_columns(cell, args):
+    timed = cell["model"]
+    columns = {
+        "model": cell["name"],
+        "precision": variant(cell),
+        "batch": str(cell["batch_size"]),
+        "tokens": str(cell["length"]),
+        "p50 ms": timed.get("error") or shown(timed["p50_ms"]),
+        **{f"{name} ms": shown(timed.get(f"{name}_ms")) for name in ("p90", "p99")},
+        "calls": shown(timed.get("calls"), ".0f"),
+        "examples/s": shown(cell.get("examples_per_second"), ",.0f"),
+        "speed-up": shown(cell.get("speed_up")),
+    }
+    if "real" in args.lengths:
+        columns |= {f"{part} p50 ms": shown(cell.get(part, {}).get("p50_ms")) for part in ("tokenizer", "both")}
+    if args.device.type == "cuda":
+        columns["peak MB"] = shown(cell.get("memory_bytes"), ",.1f", 1e6)
+    return columns
+
+
+def variant(row):
+    return f"{row['precision']}, compiled" if row["compile"] else row["precision"]
+
+
+def shown(value, form=",.2f", unit=1):
+    return "–" if value is None else format(value / unit, form)
+
+
+def table(rows):
+    """Dictionaries with the same keys as a Markdown table, all columns but the first aligned to the right."""
+    header = list(rows[0])
+    rule = ["---" if name == header[0] else "---:" for name in header]
+    lines = [header, rule, *[row.values() for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def put_into_card(text, path, name="bench"):
+    """Put text between the markers of that name in a file, or at its end if it has no such markers."""
+    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+    with open(path, encoding="utf-8") as file:
+        card = file.read()
+    before, old, after = re.split(f"(<!-- {name} -->.*?<!-- /{name} -->|$)", card, maxsplit=1, flags=re.DOTALL)
+    with distill.complete_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(before + block + after if old else f"{card.rstrip()}\n\n{block}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,291 +446,69 @@ def memory_bytes(model, batches):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latency
-
-SAMPLE = 128  # texts of the data set, the same for all models; enough batches of one text for a p99
-MIN_CALLS = 5
+# Checks before the start
 
 
-@torch.inference_mode()
-def measure(calls, batches, min_run_time, threads):
-    """Time functions in turn, A B A B …, so that whatever slows the machine for a while slows all of them.
+def check_before_start(args):
+    """Fail early on what would otherwise fail at the end."""
+    models = [args.teacher_id, *args.student_id]
+    if args.teacher_id is None:
+        raise UserError("no model is named: give --teacher_id and --student_id, or use --demo")
+    if len(set(models)) < len(models):
+        raise UserError(f"a model is named twice: {', '.join(models)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    if args.dataset_id is None and "real" in args.lengths:
+        raise UserError("--lengths real needs a data set: name one by --dataset_id")
+    if not os.access(os.path.dirname(args.output) or ".", os.W_OK):
+        raise UserError(f"cannot write {args.output}: make its folder first, or choose another --output")
+    if args.model_card and not os.path.isfile(os.path.join(args.model_card, "README.md")):
+        raise UserError(f"--model_card: {args.model_card} holds no README.md to put the tables into")
 
-    Timer makes each call twice to warm up and once on the clock; it synchronises the GPU before and after, and sets
-    the number of threads. Its autorange would time many calls as one, and such means have no percentiles.
 
-    Args:
-        calls: {name: function of a batch}.
-        batches: a list, repeated until every function has run for min_run_time seconds and MIN_CALLS times.
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function
+    return capabilities().get("cpu_name", platform.machine())
 
-    Returns:
-        {name: seconds of every call}, without the functions that ran out of memory.
+
+def check_precisions(args):
+    """Raise UserError for a precision that the hardware has no arithmetic in.
+
+    torch emulates it, but slower than fp32: nobody would serve a model that way.
     """
-    times = {name: [] for name in calls}
-    while any(len(own) < MIN_CALLS or sum(own) < min_run_time for own in times.values()):
-        for batch in batches:
-            for name in list(times):
-                timer = Timer("call(batch)", globals={"call": calls[name], "batch": batch}, num_threads=threads)
-                try:
-                    times[name].append(timer.timeit(1).median)
-                except RuntimeError as error:  # the CPU's allocator raises no kind of its own
-                    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                        raise
-                    del times[name]
-    return times
-
-
-def describe(times):
-    """The number of calls, and percentiles in ms: None where the calls are too few for one."""
-    if times is None:
-        return {"error": "out of memory"}
-    cuts = statistics.quantiles(times, n=100, method="inclusive")
-    timing = {"calls": len(times)}
-    for q in (25, 50, 75, 90, 99):
-        enough = len(times) * (100 - q) >= 100  # at least one call beyond the percentile
-        timing[f"p{q}_ms"] = 1000 * cuts[q - 1] if enough else None
-    return timing
-
-
-def text_batches(split, batch_size, size):
-    """The texts of one cell of the grid: a list of batches, each a list of one or two columns of strings."""
-    if size != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `size`
-        return [[[" ".join(map(str, range(size)))] * batch_size]]
-    if batch_size > len(split):
-        raise UserError(f"--batch_sizes {batch_size}: the split has only {len(split)} examples")
-    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, batch_size)]
-    return [list(split.texts[part.tolist()].values()) for part in rows.split(batch_size) if len(part) == batch_size]
-
-
-def measure_cell(models, texts, size, args):
-    """Measure one cell of the grid, whose batches are `texts`: a dictionary for each model, the teacher first.
-
-    "model", "tokenizer" and "both" hold what describe() gives for the model alone, for the way from text to padded
-    tensors on the device, and for both together; the last two only where the texts are real.
-    """
-    models = {model.name: model for model in models}
-    encoding = {"truncation": True, "max_length": args.max_length if size == "real" else size, "padding": True}
-
-    def tokenize(name, i):
-        return models[name].tokenizer(*texts[i], **encoding, return_tensors="pt").to(args.device)
-
-    inputs = {name: [tokenize(name, i) for i in range(len(texts))] for name in models}
-    parts = {"model": lambda name, i: models[name].network(**inputs[name][i])}
-    if size == "real":
-        parts |= {"tokenizer": tokenize, "both": lambda name, i: models[name].network(**tokenize(name, i))}
-    rows = [{"name": name, "batch_size": len(texts[0][0]), "length": size} for name in models]
-    for part, call in parts.items():
-        calls = {name: functools.partial(call, name) for name in models}
-        times = measure(calls, range(len(texts)), args.min_run_time, args.threads)
-        for row in rows:
-            row[part] = describe(times.get(row["name"]))
-    for row in rows:
-        if "error" not in row["model"]:
-            p50 = row["model"]["p50_ms"]
-            row["examples_per_second"] = 1000 * row["batch_size"] / p50
-            row["speed_up"] = None if "error" in rows[0]["model"] else rows[0]["model"]["p50_ms"] / p50
-            row["memory_bytes"] = memory_bytes(models[row["name"]].network, inputs[row["name"]])
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Accuracy
-
-
-def wilson(hits, n):
-    """The 95% interval of a proportion (Wilson, 1927), which unlike p ± 2σ also holds near 0 and 1."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    centre, reach = hits + z**2 / 2, z * (hits * (n - hits) / n + z**2 / 4) ** 0.5
-    return (centre - reach) / (n + z**2), (centre + reach) / (n + z**2)
-
-
-def mcnemar(one_alone, other_alone):
-    """Exact two-sided p value of McNemar's test (1947), given the number of examples that each model alone got right.
-
-    If the models are equally good, each of these examples is the toss of a coin: p is a tail of the binomial.
-    """
-    n = one_alone + other_alone
-    tail, ways = 0, 1  # ways is n choose k, from its predecessor: math.comb would be slow for thousands of examples
-    for k in range(min(one_alone, other_alone) + 1):
-        tail += ways
-        ways = ways * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**n)
-
-
-def compare(logits, teacher_logits, labels):
-    """distill.score() of a model, the confidence interval of its accuracy, and how it differs from its teacher."""
-    right, teacher_right = [each.argmax(-1) == labels for each in (logits, teacher_logits)]
-    alone, teacher_alone = int((right & ~teacher_right).sum()), int((teacher_right & ~right).sum())
-    return {
-        **distill.score(logits, labels, teacher_logits),
-        "accuracy_interval": wilson(int(right.sum()), len(labels)),
-        "alone_right": alone,
-        "teacher_alone_right": teacher_alone,
-        "mcnemar_p": mcnemar(alone, teacher_alone),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-
-
-def summarize(models, scores, cells, args):
-    """A row for each model in each precision, compiled or not, with its speed in the first cell of the grid."""
-    sizes = {model.name: model.size for model in models}
-    rows = []
-    for cell in cells:
-        if (cell["batch_size"], cell["length"]) == (args.batch_sizes[0], args.lengths[0]):
-            rows.append({**cell, **sizes[cell["name"]], **scores.get((cell["name"], cell["precision"]), {})})
-    return rows
-
-
-def variant(row):
-    return f"{row['precision']}, compiled" if row["compile"] else row["precision"]
-
-
-def shown(value, form=",.2f", unit=1):
-    return "–" if value is None else format(value / unit, form)
-
-
-def model_columns(row):
-    columns = {
-        "model": row["name"],
-        "precision": variant(row),
-        "parameters": shown(row["parameters"], ",.0f"),
-        "without embeddings": shown(row["without_embeddings"], ",.0f"),
-        "disk MB": shown(row["disk_bytes"], ",.1f", 1e6),
-        "memory MB": shown(row.get("memory_bytes"), ",.1f", 1e6),
-        "p50 ms": row["model"].get("error") or shown(row["model"]["p50_ms"]),
-        "speed-up": shown(row.get("speed_up")),
-    }
-    if "accuracy" in row:
-        low, high = row["accuracy_interval"]
-        columns["accuracy (95%)"] = f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"
-        columns["agreement"] = shown(row["agreement"], ".3f")
-        columns["alone right"] = f"{row['alone_right']} : {row['teacher_alone_right']}"
-        columns["p"] = shown(row["mcnemar_p"], ".2g")
-    return columns
-
-
-def cell_columns(cell, args):
-    timed = cell["model"]
-    columns = {
-        "model": cell["name"],
-        "precision": variant(cell),
-        "batch": str(cell["batch_size"]),
-        "tokens": str(cell["length"]),
-        "p50 ms": timed.get("error") or shown(timed["p50_ms"]),
-        **{f"{name} ms": shown(timed.get(f"{name}_ms")) for name in ("p90", "p99")},
-        "calls": shown(timed.get("calls"), ".0f"),
-        "examples/s": shown(cell.get("examples_per_second"), ",.0f"),
-        "speed-up": shown(cell.get("speed_up")),
-    }
-    if "real" in args.lengths:
-        columns |= {f"{part} p50 ms": shown(cell.get(part, {}).get("p50_ms")) for part in ("tokenizer", "both")}
-    if args.device.type == "cuda":
-        columns["peak MB"] = shown(cell.get("memory_bytes"), ",.1f", 1e6)
-    return columns
-
-
-def table(rows):
-    """Dictionaries with the same keys as a Markdown table, all columns but the first aligned to the right."""
-    header = list(rows[0])
-    rule = ["---" if name == header[0] else "---:" for name in header]
-    lines = [header, rule, *[row.values() for row in rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def report(rows, cells, args):
-    """The Markdown text: the headlines, a row for each model, the conditions of the measurement, and the grid."""
-    where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
-    headlines = []
-    for row in rows:
-        if row["name"] != args.teacher_id and variant(row) == variant(rows[0]) and row.get("speed_up"):
-            ratio = f"{row['speed_up']:.2f} times as fast as {args.teacher_id}"
-            headlines.append(f"**{row['name']} is {ratio}** ({where}, {variant(row)}).")
-    memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
-    notes = [
-        f"p50 and speed-up: medians at {where}, each batch padded to its longest text.",
-        f"Memory: {memory}. Embeddings are only looked up: they take memory, but hardly any time.",
-    ]
-    if args.dataset_id:
-        notes += [
-            f"Accuracy: on the {args.eval_split} split of {args.dataset_id}, with Wilson's 95% interval.",
-            "Alone right: examples that only this model : only the teacher got right; p: McNemar's exact test.",
-        ]
-    notes.append(
-        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), torch {torch.__version__}, "
-        f"transformers {transformers.__version__}: `{args.command}`"
-    )
-    notes = "\n".join(f"- {note}" for note in notes)
-    models = table([model_columns(row) for row in rows])
-    grid = table([cell_columns(cell, args) for cell in cells])
-    return "\n\n".join([*headlines, models, notes, grid])
-
-
-def put_into_card(text, path, name="bench"):
-    """Put text between the markers of that name in a file, or at its end if it has no such markers."""
-    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-    with open(path, encoding="utf-8") as file:
-        card = file.read()
-    before, old, after = re.split(f"(<!-- {name} -->.*?<!-- /{name} -->|$)", card, maxsplit=1, flags=re.DOTALL)
-    with distill.complete_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(before + block + after if old else f"{card.rstrip()}\n\n{block}\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def run(args):
-    torch.set_num_threads(args.threads)
-    os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # read by the tokenizers when they first start threads
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 torch.compile silently runs eagerly
-
-    # 1. Read.
-    split = class_names = None
-    if args.dataset_id:
-        roles = {"train": args.train_split, "eval": args.eval_split}
-        splits, class_names = data.load_splits(
-            args.dataset_id, args.dataset_config, roles, args.text_columns, args.label_column
-        )
-        split = splits["eval"]
-    models = load_models(args, class_names)
-    texts = {cell: text_batches(split, *cell) for cell in itertools.product(args.batch_sizes, args.lengths)}
-
-    # 2. Measure. All models are on the device together, since they take turns.
-    cells, scores = [], {}
-    modes = [False, True] if args.compile else [False]
-    bar = tqdm(total=len(texts) * len(args.precision) * len(modes), unit=" cells", leave=False, disable=None)
+    native = {"fp32": True, "bf16": distill.multiplies_bf16(args.device)}
+    native["fp16"] = args.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
     for precision in args.precision:
-        for model in models:
-            model.network = copy.deepcopy(model.loaded).to(args.device, DTYPES[precision])
-            if split:
-                tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(args.device)
-                # "fp32" means no autocast here: the weights are already in their precision.
-                model.logits = distill.predict(model.network, tokens, "fp32", model.name).cpu()
-                scores[model.name, precision] = compare(model.logits, models[0].logits, split.labels)
-        for compiled in modes:
-            if compiled:
-                for model in models:
-                    model.network = torch.compile(model.network, dynamic=True)
-            for (_, size), batches in texts.items():
-                rows = measure_cell(models, batches, size, args)
-                cells += [{"precision": precision, "compile": compiled, **row} for row in rows]
-                bar.update()
-    bar.close()
+        if not native[precision]:
+            raise UserError(f"{args.device_name} has no arithmetic in {precision}: leave it out of --precision")
 
-    # 3. Report.
-    rows = summarize(models, scores, cells, args)
-    text = report(rows, cells, args)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    arguments = {**vars(args), "device": args.device.type}
-    distill.write_json(args.output, {"versions": versions, "arguments": arguments, "models": rows, "cells": cells})
-    if args.model_card:
-        put_into_card(text, os.path.join(args.model_card, "README.md"))
-    print(text)
-    print(json.dumps({"models": rows}))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types of flags
+
+
+def list_of(kind):
+    def parse(text):
+        return [kind(part.strip()) for part in text.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"  # argparse says "invalid list of int value"
+    return parse
+
+
+def length(text):
+    return text if text == "real" else distill.at_least(int, 3)(text)
+
+
+def precision_name(text):
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, not '{text}'")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
 
 
 def main(argv=None):
