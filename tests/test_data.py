@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import datasets
 import numpy as np
@@ -136,7 +137,7 @@ def test_unlabeled_columns(scored, write_csv, tmp_path):
     assert texts.features == scored["train"].texts.features and texts["text"][:] == ["new"]
     with pytest.raises(UserError, match="holds int64, not text"):
         data.load_unlabeled(scored, write_csv("numbers.csv", [(1,), (2,)], ("text",)))
-    with pytest.raises(UserError, match="name the splits by --unlabeled_split"):
+    with pytest.raises(UserError, match="check --unlabeled_config and --unlabeled_split"):
         data.load_unlabeled(scored, path, split_name="dev")
     with pytest.raises(UserError, match="no such file or folder"):
         data.load_unlabeled(scored, "./nowhere.txt")
@@ -176,7 +177,7 @@ def test_the_demos_unlabeled_text(scored):
         ([("a", 0), ("", 1)], "empty text .* row 2"),
         ([("a", 0), ("b", 0), ("  ", 1)], "empty text .* row 3"),
         ([("a", "x"), ("b", ""), ("c", "y")], "no label .* row 2"),
-        ([], "empty"),
+        ([], "no data"),
     ],
 )
 def test_refuses_training_data(write_csv, rows, message):
@@ -222,11 +223,15 @@ def test_refuses_classes_that_only_eval_has(tmp_path):
 
 def test_refuses_what_it_cannot_find(write_csv, tmp_path):
     path = write_csv("good.csv", GOOD)
+    zero = tmp_path / "zero.json"
+    zero.touch()
     for arguments, message in [
         ((str(tmp_path / "nowhere.csv"),), "no such file or folder"),
         (("./nowhere",), "no such file or folder"),
         ((write_csv("good.xlsx", GOOD),), "the formats are"),
         ((path,), "validation.*--eval_split"),
+        ((os.path.dirname(write_csv("set/train.csv", GOOD)), "none"), "--dataset_config"),
+        ((str(zero),), "is empty"),
         (("demo", None, {"train": "dev"}), "the demo has the splits"),
         ((path, None, {"train": "train"}, ("body",)), "no column 'body'"),
         ((path, None, {"train": "train"}, None, "stars"), "no column 'stars'.*--label_column"),
