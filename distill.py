@@ -9,6 +9,7 @@ line says that the rest is plumbing: what those call.
 
 import argparse
 import contextlib
+import copy
 import datetime
 import functools
 import hashlib
@@ -77,7 +78,7 @@ def parse_args(argv=None):
         default="google/bert_uncased_L-2_H-128_A-2",
         help="Hub id or local folder, or the word 'teacher': start from the teacher's own weights",
     )
-    add("--student_layers", type=at_least(int, 1), help="keep the first N layers of student_id (default: all)")
+    add("--student_layers", type=at_least(int, 1), help="keep N layers of student_id, evenly spaced (default: all)")
     # Data
     add("--dataset_id", default="nyu-mll/glue", help="Hub id, or local folder or file (csv, json, jsonl, parquet)")
     add("--dataset_config", help="configuration of a Hub data set; sst2 for the default one")
@@ -166,7 +167,7 @@ def run(args, device):
         teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
         teacher_digest = model_digest(teacher)
         if args.student_id == "teacher":
-            student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()})
+            student.load_state_dict(keep_layers(teacher, student.config.num_hidden_layers).state_dict())
     start = time.perf_counter()
     teacher_logits, soft_targets = label(args, teacher, teacher_digest, teacher_tokens)
     seconds = {"labelling": time.perf_counter() - start}
@@ -307,15 +308,26 @@ def additive_mask(inside, model):
 
 
 def score(logits, labels, teacher_logits=None):
-    """Accuracy, mean cross-entropy and, with the teacher's logits, the share of examples answered like the teacher."""
+    """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, the share of equal answers."""
     answers = logits.argmax(-1)
     scores = {
         "accuracy": (answers == labels).double().mean().item(),
+        "macro_f1": macro_f1(answers, labels),
         "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
     }
     if teacher_logits is not None:
         scores["agreement"] = (answers == teacher_logits.argmax(-1)).double().mean().item()
     return scores
+
+
+def macro_f1(answers, labels):
+    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), for [N] answers and labels.
+
+    As scikit-learn has it, a class that occurs in neither does not count.
+    """
+    counts = torch.cat([answers, labels]).bincount()  # of each class: 2 TP + FP + FN
+    right = answers[answers == labels].bincount(minlength=len(counts))
+    return (2 * right.double() / counts)[counts > 0].mean().item()
 
 
 def evaluate(model, tokens, labels, precision, teacher_logits=None):
@@ -327,20 +339,22 @@ def evaluate(model, tokens, labels, precision, teacher_logits=None):
 # Training
 
 
-def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, counts, args):
+def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, example_count, args):
     """One step of distillation on this rank's part of a batch.
 
     Args:
         model: the student (or the teacher, fine-tuned), wrapped for DDP where there are several ranks.
         inputs, labels, teacher_logits: the part's [B, L] inputs, [B] labels and [B, C] logits.
-        counts: the whole batch's example_count and label_count, see distillation_loss.
+        example_count: of the whole batch, over all ranks.
 
     Returns:
         the part's [total, hard, soft] losses, a tensor on the device: to read it here would make the host wait.
     """
     with autocast(labels.device, args.precision):
         logits = forward(model, inputs)
-    loss, hard, soft = distillation_loss(logits, teacher_logits, labels, args.alpha, args.temperature, **counts)
+    loss, hard, soft = distillation_loss(
+        logits, teacher_logits, labels, args.alpha, args.temperature, example_count=example_count
+    )
     # DDP averages the ranks' gradients, but these losses are parts to be summed: undo its division.
     scaler.scale(loss * dist.get_world_size()).backward()
     scaler.unscale_(optimizer)  # clip gradients of their true size
@@ -438,8 +452,7 @@ def train(
     start = time.perf_counter()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = labels["train"].device
-    host_labels = labels["train"].cpu()
-    steps_per_epoch = math.ceil(len(host_labels) / args.batch_size)
+    steps_per_epoch = math.ceil(len(labels["train"]) / args.batch_size)
     steps = args.epochs * steps_per_epoch
 
     optimizer = make_optimizer(model, args)
@@ -470,9 +483,10 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(progress.step, steps, args)
                 torch.manual_seed(step_seed(args.seed, progress.step, rank))
-                counts = {"example_count": len(whole), "label_count": int((host_labels[whole] != NO_LABEL).sum())}
                 targets = soft_targets(part, rows) if soft_targets else None
-                losses = training_step(wrapped, optimizer, scaler, inputs, labels["train"][rows], targets, counts, args)
+                losses = training_step(
+                    wrapped, optimizer, scaler, inputs, labels["train"][rows], targets, len(whole), args
+                )
                 meter.add(losses, len(whole))
                 progress.step += 1
                 bar.update(len(whole))
@@ -608,7 +622,7 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
         model_id: Hub id or local folder, or the word "demo".
         class_names: give the model these classes, to be trained on them. A head that already has them is brought into
             their order; a head of another size is replaced by a new one. None: keep the model's own classes.
-        layers: keep only the first this many layers. None: all.
+        layers: keep only this many layers, see keep_layers(). None: all.
         seed: of what is missing in the file, such as a new head.
 
     Returns:
@@ -626,12 +640,8 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
         if class_names is not None:
             config.id2label = dict(enumerate(class_names))
             config.label2id = {name: i for i, name in enumerate(class_names)}
-        if layers is not None:
-            if layers > config.num_hidden_layers:
-                raise UserError(
-                    f"{model_id} has {config.num_hidden_layers} layers: --student_layers {layers} is too many"
-                )
-            config.num_hidden_layers = layers
+        if layers is not None and layers > config.num_hidden_layers:
+            raise UserError(f"{model_id} has {config.num_hidden_layers} layers: --student_layers {layers} is too many")
         torch.manual_seed(seed)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -640,6 +650,8 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
             ignore_mismatched_sizes=class_names is not None,
             output_loading_info=True,
         )
+        if layers is not None:
+            model = keep_layers(model, layers)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         hint = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
@@ -671,6 +683,27 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def keep_layers(model, count):
+    """A copy of the model with `count` of its layers, evenly spaced: of 6 layers, 2 are the third and the last."""
+    smaller = copy.deepcopy(model)
+    config, total = smaller.config, smaller.config.num_hidden_layers
+    kept = [(i + 1) * total // count - 1 for i in range(count)]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    stacks = [
+        module for module in smaller.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == total
+    ]
+    for stack in stacks[:1]:  # the encoder's; ALBERT has none, since its layers share one set of weights
+        chosen = [stack[i] for i in kept]
+        del stack[:]
+        stack.extend(chosen)
+    # Built anew, for what depends on a layer's number, such as ModernBERT's first norm: as loading will build it.
+    fresh = AutoModelForSequenceClassification.from_config(config)
+    fresh.load_state_dict(smaller.state_dict(), strict=False)
+    return fresh.eval()
 
 
 def load_config(folder):
@@ -1029,16 +1062,17 @@ def summarize(args, task, scores, seconds, parameters, device):
 
 def print_table(results):
     """The closing table: teacher and student side by side."""
-    roles = [role for role in ("eval", "test") if f"{role}_accuracy" in results["student"]]
-    header = ["", "parameters", *(f"{role} {name}" for role in roles for name in ("accuracy", "agreement")), "seconds"]
+    teacher, student = results["teacher"], results["student"]
+    rows = [["", "teacher", "student"], ["parameters", f"{teacher['parameters']:,}", f"{student['parameters']:,}"]]
+    for name in student:
+        if name.endswith(("accuracy", "macro_f1", "agreement")):
+            rows.append(
+                [name.replace("_", " ", 1), *(f"{who[name]:.4f}" if name in who else "" for who in (teacher, student))]
+            )
+    rows.append(["seconds", f"{results['seconds']['labelling']:.1f}", f"{results['seconds']['training']:.1f}"])
     say("")
-    say("  ".join(f"{name:>14}" for name in header))
-    for who, seconds in (("teacher", results["seconds"]["labelling"]), ("student", results["seconds"]["training"])):
-        row = results[who]
-        cells = [row.get(f"{role}_{name}") for role in roles for name in ("accuracy", "agreement")]
-        cells = ["" if cell is None else f"{cell:.4f}" for cell in cells]
-        cells = [who, f"{row['parameters']:,}", *cells, f"{seconds:.1f}"]
-        say("  ".join(f"{cell:>14}" for cell in cells))
+    for name, *cells in rows:
+        say(f"{name:<15}" + "".join(f"{cell:>14}" for cell in cells))
     say("agreement: share of answers like the teacher's; seconds: the teacher's labelling, the student's training\n")
 
 
@@ -1066,7 +1100,7 @@ def write_model_card(args, results):
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["knowledge-distillation"],
-        metrics=["accuracy"],
+        metrics=["accuracy", "f1"],
         eval_results=[
             huggingface_hub.EvalResult(
                 task_type="text-classification",
@@ -1074,14 +1108,18 @@ def write_model_card(args, results):
                 dataset_name=dataset or os.path.basename(args.dataset_id.rstrip("/")),
                 dataset_config=args.dataset_config,
                 dataset_split=splits[role],
-                metric_type="accuracy",
-                metric_value=student[f"{role}_accuracy"],
+                metric_type=metric,
+                metric_name=name,
+                metric_value=student[f"{role}_{measure}"],
             )
             for role in roles
+            for metric, name, measure in (("accuracy", "accuracy", "accuracy"), ("f1", "macro-F1", "macro_f1"))
         ],
     )
+    measures = [f"{role}_{measure}" for role in roles for measure in ("accuracy", "macro_f1")]
+    header = [f"{measure} on {splits[role]}" for role in roles for measure in ("accuracy", "macro-F1")]
     rows = [
-        f"| {who} | {row['parameters']:,} | " + " | ".join(f"{row[f'{role}_accuracy']:.4f}" for role in roles) + " |"
+        f"| {who} | {row['parameters']:,} | " + " | ".join(f"{row[measure]:.4f}" for measure in measures) + " |"
         for who, row in (("teacher", teacher), ("student", student))
     ]
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
@@ -1098,8 +1136,8 @@ A text classifier ({", ".join(results["classes"])}), trained by knowledge distil
 {hub_id(args.teacher_id, DEMO_MODEL) or "a local model"}{", fine-tuned first" if args.teacher_epochs else ""}.
 {unlabeled}
 
-| | parameters | {" | ".join(f"accuracy on {splits[role]}" for role in roles)} |
-|---|---|{"---|" * len(roles)}
+| | parameters | {" | ".join(header)} |
+|---|---|{"---|" * len(header)}
 {chr(10).join(rows)}
 
 It gives the teacher's answer on {student["eval_agreement"]:.1%} of {args.eval_split}.

@@ -120,9 +120,8 @@ def test_uneven_parts_add_up_to_the_whole_batch(batch, sizes):
     labels = labels.clone()
     labels[[1, 4]] = NO_LABEL
     whole = distillation_loss(student, teacher, labels, 0.5, 4.0)
-    counts = {"example_count": B, "label_count": 4}
     parts = [
-        distillation_loss(*part, 0.5, 4.0, **counts)
+        distillation_loss(*part, 0.5, 4.0, example_count=B)
         for part in zip(*(tensor.split(sizes) for tensor in (student, teacher, labels)), strict=True)
     ]
     for i in range(3):
@@ -131,15 +130,28 @@ def test_uneven_parts_add_up_to_the_whole_batch(batch, sizes):
     assert torch.allclose(grad, gradient(student, teacher, labels, 0.5, 4.0), atol=1e-15)
 
 
-def test_examples_without_label_teach_through_the_teacher_alone(batch):
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_each_example_counts_alike(batch, alpha):
+    """Labelled: the mix of alpha. Without a label: the teacher alone, whatever alpha. The batch: the mean of both."""
     student, teacher, labels = batch
     labels = labels.clone()
     labels[3:] = NO_LABEL
-    _, hard, soft = distillation_loss(student, teacher, labels, 0.5, 4.0)
-    assert hard.item() == pytest.approx(F.cross_entropy(student[:3], labels[:3]).item())
-    assert soft.item() == pytest.approx(distillation_loss(student, teacher, labels.clamp(min=0), 0.5, 4.0)[2].item())
-    total, hard, _ = distillation_loss(student, teacher, torch.full((B,), NO_LABEL), 0.5, 4.0)
-    assert hard.item() == 0 and math.isfinite(total.item())
+    total, hard, soft = distillation_loss(student, teacher, labels, alpha, 4.0)
+    labelled = distillation_loss(student[:3], teacher[:3], labels[:3], alpha, 4.0)[0]
+    alone = distillation_loss(student[3:], teacher[3:], labels[3:], 0.0, 4.0)[0]
+    assert total.item() == pytest.approx((3 * labelled.item() + 3 * alone.item()) / 6, rel=1e-12)
+    assert hard.item() == pytest.approx(F.cross_entropy(student[:3], labels[:3]).item() * 3 / 6)
+    assert soft.item() == pytest.approx(distillation_loss(student, teacher, labels.clamp(min=0), 0.0, 4.0)[0].item())
+
+
+def test_two_classes_and_high_temperature_are_regression_of_the_gap():
+    """With two classes all that a teacher says is the gap of its logits; T² · KL tends to (Δv − Δz)² / 8."""
+    student, teacher = torch.randn(2, B, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+    gap = (teacher[:, 0] - teacher[:, 1]) - (student[:, 0] - student[:, 1])
+    limit = gap.square().mean().item() / 8
+    labels = torch.zeros(B, dtype=torch.long)
+    errors = [abs(distillation_loss(student, teacher, labels, 0.0, t)[2].item() - limit) for t in (10.0, 100.0, 1000.0)]
+    assert errors[1] < errors[0] / 50 and errors[2] < 1e-5 * limit
 
 
 def test_extreme_half_precision_logits():
