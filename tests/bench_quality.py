@@ -1,9 +1,10 @@
-"""What the teacher brings, and what text without labels brings, on the demo's data: one teacher, several seeds.
+"""What the teacher, text without labels and patience bring, on the demo's data: one teacher, several seeds.
 
-    python tests/bench_quality.py --seeds 5
+    python tests/bench_quality.py
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
-missing (delete the folder after a change to the code). The table goes into README.md, between its markers.
+missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). The table
+goes into README.md, between its markers.
 """
 
 import argparse
@@ -14,139 +15,303 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import safetensors.torch
 import scipy.stats
+import torch
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import bench  # noqa: E402
+import data  # noqa: E402
 import distill  # noqa: E402
 
 OUTPUT = os.path.join("outputs", "quality")  # below ROOT, where main() goes
-TEACHER = os.path.join(OUTPUT, "teacher-33")
-LABELLED = 6824  # examples in the demo's training split
+TEACHER = os.path.join(OUTPUT, "teacher")
+LABELLED, SENTENCES = 6824, 269_256  # examples in the demo's training split, and in its text without labels
+HELD_OUT = 20_000  # of those sentences, the last: no student sees them
 GRID = [(alpha, temperature) for alpha in (0.0, 0.25, 0.75) for temperature in (2.0, 8.0)]
+EXAMPLES_PER_HOUR = 1_300_000  # trained on two cores of a CPU that multiplies bf16, by two processes together
 
 
-def run(name, seed, **flags):
-    """Run distill.py, unless the same command has run before; returns its results.json."""
-    folder = os.path.join(OUTPUT, f"{name}-{seed}")
-    flags = {"seed": seed, **flags}
+def text(count, epochs, **flags):
+    """The flags of a run with `count` sentences without labels."""
+    return {"epochs": epochs, "unlabeled_id": "demo", "unlabeled_split": f"train[:{count}]", **flags}
+
+
+ALL = SENTENCES - HELD_OUT
+PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
+TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
+
+# name -> (title, flags, number of seeds). The first four take 1,070 steps; patience is thousands.
+ROWS = {
+    "alone": ("labels alone (alpha 1)", {"epochs": 10, "alpha": 1.0}, 5),
+    "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 5),
+    "best": ("", {"epochs": 10}, 5),  # see best_on_eval
+    "some": ("labels, teacher (alpha 0.5, T 4) and 27,296 sentences", text(27_296, 2), 5),
+    "some-teacher": ("teacher alone (alpha 0, T 2) on 27,296 sentences", text(27_296, 2, **TEACHER_ALONE), 5),
+    "patient-alone": ("labels alone, patient", {"epochs": 75, "alpha": 1.0, **PATIENT}, 3),
+    "patient-100k": (
+        "teacher alone (alpha 0, T 2) on 100,000 sentences, patient",
+        text(100_000, 4, **TEACHER_ALONE, **PATIENT),
+        3,
+    ),
+    "patient": (
+        f"teacher alone (alpha 0, T 2) on {ALL:,} sentences, patient",
+        text(ALL, 2, **TEACHER_ALONE, **PATIENT),
+        5,
+    ),
+    "patient-labels": (
+        f"labels, teacher (alpha 0.5, T 4) and {ALL:,} sentences, patient",
+        text(ALL, 2, **PATIENT),
+        2,
+    ),
+    "patient-first": (
+        "the same as the patient teacher alone, from the teacher's first two layers",
+        text(ALL, 2, **TEACHER_ALONE, **PATIENT, student_id=f"{OUTPUT}/layers-0,1"),
+        2,
+    ),
+}
+# What else was tried, with 27,296 sentences and 1,070 steps, beside the row "some-teacher".
+TRIED = {
+    "layers 1 and 2": {"student_id": f"{OUTPUT}/layers-0,1"},
+    "layers 1 and 4": {"student_id": f"{OUTPUT}/layers-0,3"},
+    "layers 1 and 6": {"student_id": f"{OUTPUT}/layers-0,5"},
+    "T 1": {"temperature": 1.0},
+    "T 4": {"temperature": 4.0},
+    "learning rate 1e-4": {"learning_rate": 1e-4},
+    "learning rate 4e-4": {"learning_rate": 4e-4},
+    "learning rate 6e-4": {"learning_rate": 6e-4},
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all rows")
+    parser.add_argument("--seeds", type=int, help="runs a row, at most (default: 2 to 5, by the row)")
+    parser.add_argument("--tried", action="store_true", help="the runs of what did not help as well, by three seeds")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.seeds is not None and args.seeds < 2:
+        parser.error("--seeds must be at least 2: the spread is what this measures")
+    threads = max(1, os.cpu_count() // args.processes)
+    os.chdir(ROOT)
+    os.makedirs(OUTPUT, exist_ok=True)
+    distill.quiet_libraries()
+    rows = {name: ROWS[name] for name in ROWS if name in args.rows or name == "alone"}
+    if args.tried:
+        rows |= {f"tried-{title}": (title, {**ROWS["some-teacher"][1], **flags}, 3) for title, flags in TRIED.items()}
+
+    with distill.process_group(torch.device("cpu")):
+        distilled = run(TEACHER, {"epochs": 1})
+        for layers in ([0, 1], [0, 3], [0, 5]):
+            save_layers(layers)
+        for _, flags, _ in rows.values():
+            label_once(flags)
+        teacher_answers = answers(f"{TEACHER}/teacher")
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the runs
+        with ThreadPoolExecutor(args.processes) as pool:
+            if "best" in rows:
+                alpha, temperature = best_on_eval(rows["best"][1], pool)
+                who = "labels and teacher" if alpha else "teacher alone"
+                title = f"{who} (alpha {alpha:g}, T {temperature:g}: the best of {len(GRID)} on eval)"
+                rows["best"] = (title, {**rows["best"][1], "alpha": alpha, "temperature": temperature}, rows["best"][2])
+            runs = run_all(rows, args.seeds, pool)
+
+    lines = [line(title, runs[name], runs["alone"], teacher_answers) for name, (title, _, _) in rows.items()]
+    first = runs["alone"][0]
+    versions = first["results"]["versions"]
+    report = bench.table(lines)
+    report += f"""
+
+- Mean ± standard deviation over seeds. One teacher for all: {100 * distilled["teacher"]["test_accuracy"]:.2f}% right on
+  the {first["results"]["examples"]["test"]} test sentences.
+- % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
+- Agreement: the same answer as the teacher's, on {HELD_OUT:,} sentences of the demo's text that no student has seen.
+- Against labels alone: the mean difference between runs of the same seed and its 95% interval (Student's t), which
+  covers the randomness of training only, not that of the choice of test sentences.
+- {datetime.date.today()}, {first["results"]["device"]}, {args.processes} runs at a time of {threads} threads each,
+  {first["results"]["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
+  `{" ".join(["python tests/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])}`
+"""
+    print(report)
+    bench.put_into_card(report, "README.md", "quality")
+
+
+def run(folder, flags):
+    """Run distill.py, or continue it, unless the same command has run to its end before; returns its results.json."""
     if folder != TEACHER:
-        flags |= {"teacher_epochs": 0, "teacher_id": f"{TEACHER}/teacher"}
+        flags = {"teacher_epochs": 0, "teacher_id": f"{TEACHER}/teacher", "save_steps": 500, **flags}
     command = ["--demo"] + [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     note, results = os.path.join(folder, "command.json"), os.path.join(folder, "results.json")
     if distill.read_json(note) != command:
-        os.makedirs(folder, exist_ok=True)
-        # The teacher's labels depend on the text alone: the first run on a text labels it for the others.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        distill.write_json(note, command)
+    if not os.path.exists(results):
         cache = os.path.join(folder, "teacher_logits.safetensors")
-        labels = os.path.join(OUTPUT, f"labels{flags.get('unlabeled_split', '')}.safetensors")
-        if os.path.exists(labels):
-            shutil.copy(labels, cache)
-        with open(os.path.join(folder, "log.txt"), "w", encoding="utf-8") as log:
+        if folder != TEACHER and not os.path.exists(cache):
+            os.link(labels_file(flags), cache)
+        with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
             subprocess.run(
                 [sys.executable, "distill.py", *command, "--output_dir", folder],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-        os.replace(cache, labels)
-        distill.write_json(note, command)
     return distill.read_json(results)
 
 
-def best_on_eval(epochs, pool):
+def labels_file(flags):
+    return os.path.join(OUTPUT, f"labels{flags.get('unlabeled_split', '')}", "teacher_logits.safetensors")
+
+
+def label_once(flags):
+    """Let the teacher label the text of these flags, for all runs on it."""
+    if os.path.exists(labels_file(flags)):
+        return
+    folder = os.path.dirname(labels_file(flags))
+    os.makedirs(folder, exist_ok=True)
+    words = [f"--{name}={flags[name]}" for name in ("unlabeled_id", "unlabeled_split") if name in flags]
+    command = ["--demo", "--teacher_epochs=0", f"--teacher_id={TEACHER}/teacher", f"--output_dir={folder}", *words]
+    args = distill.parse_args(command)
+    args.precision = distill.choose_precision(args.precision, torch.device("cpu"))
+    print(f"labelling for {folder}", flush=True)
+    task = distill.read_task(args)
+    distill.label(args, task.teacher, distill.model_digest(task.teacher), task.teacher_tokens)
+
+
+def save_layers(layers):
+    """Save the two layers of the teacher, counted from 0, as a student of their own."""
+    folder = os.path.join(OUTPUT, f"layers-{','.join(map(str, layers))}")
+    if os.path.exists(folder):
+        return
+    model, tokenizer = distill.load_model(f"{TEACHER}/teacher")
+    model.bert.encoder.layer = torch.nn.ModuleList([model.bert.encoder.layer[i] for i in layers])
+    model.config.num_hidden_layers = len(layers)
+    os.makedirs(folder)
+    distill.save_model(folder, model, tokenizer)
+
+
+def best_on_eval(flags, pool):
     """The (alpha, temperature) of the grid with the best accuracy on eval, by one run each of a seed of its own."""
-    runs = [pool.submit(run, f"grid-{a}-{t}", 0, epochs=epochs, alpha=a, temperature=t) for a, t in GRID]
-    scores = [run.result()["student"] for run in tqdm(runs, desc="grid")]
+    runs = [
+        pool.submit(run, os.path.join(OUTPUT, f"grid-{a:g}-{t:g}"), {**flags, "seed": 0, "alpha": a, "temperature": t})
+        for a, t in GRID
+    ]
+    scores = [run.result()["student"] for run in runs]
     return max(zip(scores, GRID, strict=True), key=lambda pair: (pair[0]["eval_accuracy"], -pair[0]["eval_loss"]))[1]
 
 
-def settings(args, pool):
-    """The table's rows: title -> (name, flags). Text without labels takes the place of epochs: steps stay the same."""
-    alpha, temperature = best_on_eval(args.epochs, pool)
-    who = "labels and teacher" if alpha else "teacher alone"
-    best = f"{who} (alpha {alpha:g}, T {temperature:g}: the best of {len(GRID)} on eval)"
-    plans = {
-        "labels alone (alpha 1)": ("alone", {"epochs": args.epochs, "alpha": 1.0}),
-        "labels and teacher (alpha 0.5, T 4)": ("distilled", {"epochs": args.epochs}),
-        best: ("best", {"epochs": args.epochs, "alpha": alpha, "temperature": temperature}),
-    }
-    for count in args.unlabeled:
-        epochs = round(args.epochs * LABELLED / (LABELLED + count))
-        flags = {"epochs": epochs, "unlabeled_id": "demo", "unlabeled_split": f"train[:{count}]"}
-        title = f"labels, teacher (alpha 0.5, T 4) and {count:,} sentences without labels"
-        plans[title] = (f"unlabeled{count}", flags)
-    return plans
-
-
-def cells(runs, control):
-    """One setting's runs as a row's cells, paired with the control's runs of the same seeds."""
-    accuracy, agreement, control_accuracy = [
-        [100 * run["student"][name] for run in group]
-        for group, name in ((runs, "test_accuracy"), (runs, "test_agreement"), (control, "test_accuracy"))
+def run_all(rows, seeds, pool):
+    """All runs of all rows, seed by seed: name -> a list of what scored_run gives."""
+    plan = [
+        (name, seed, flags)
+        for seed in range(1, 6)
+        for name, (_, flags, count) in rows.items()
+        if seed <= min(count, seeds or count)
     ]
-    of_teacher = statistics.mean(accuracy) / runs[0]["teacher"]["test_accuracy"]
-    if runs is control:
-        return [mean_and_sd(accuracy), f"{of_teacher:.1f}", mean_and_sd(agreement), "–", "–"]
-    differences = [ours - theirs for ours, theirs in zip(accuracy, control_accuracy, strict=True)]
+    missing = [
+        flags
+        for name, seed, flags in plan
+        if not os.path.exists(os.path.join(OUTPUT, f"{name}-{seed}", "results.json"))
+    ]
+    examples = sum(flags["epochs"] * train_size(flags) for flags in missing)
+    print(f"{len(missing)} runs to make: about {examples / EXAMPLES_PER_HOUR:.1f} hours on two cores", flush=True)
+    futures = [
+        (name, pool.submit(scored_run, os.path.join(OUTPUT, f"{name}-{seed}"), {"seed": seed, **flags}))
+        for name, seed, flags in plan
+    ]
+    runs = {name: [] for name in rows}
+    for name, future in tqdm(futures, desc="runs"):
+        runs[name].append(future.result())
+    return runs
+
+
+def train_size(flags):
+    return LABELLED + int(flags.get("unlabeled_split", "0").strip("train[:]"))
+
+
+def scored_run(folder, flags):
+    """A run's results and its student's answers."""
+    return {"results": run(folder, flags), "answers": answers(folder)}
+
+
+PREDICTING = threading.Lock()  # the threads share one process group
+
+
+def answers(folder):
+    """What the model in a folder answers: role -> [N] classes, on the test sentences and the held-out ones."""
+    path = os.path.join(folder, "answers.safetensors")
+    if not os.path.exists(path):
+        with PREDICTING:
+            model, tokenizer = distill.load_model(folder)
+            splits, _ = data.load_splits("demo", None, {"train": "train", "eval": "validation", "test": "test"})
+            texts = {"test": splits["test"].texts, "held_out": data.read_demo_unlabeled(f"train[-{HELD_OUT}:]")}
+            precision = distill.choose_precision("auto", torch.device("cpu"))
+            found = {
+                role: distill.predict(model, data.tokenize(tokenizer, texts[role], 512), precision).argmax(-1)
+                for role in texts
+            }
+            found["test_labels"] = splits["test"].labels
+            with distill.complete_file(path) as temporary:
+                safetensors.torch.save_file(found, temporary)
+    return {role: tensor.numpy() for role, tensor in safetensors.torch.load_file(path).items()}
+
+
+def line(title, runs, control, teacher):
+    """A row of the table."""
+    accuracy, f1, control_accuracy = [
+        [100 * run["results"]["student"][name] for run in group]
+        for group, name in ((runs, "test_accuracy"), (runs, "test_macro_f1"), (control, "test_accuracy"))
+    ]
+    arguments, examples = runs[0]["results"]["arguments"], runs[0]["results"]["examples"]
+    steps = arguments["epochs"] * math.ceil((LABELLED + examples["unlabeled"]) / arguments["batch_size"])
+    agreement = [100 * (run["answers"]["held_out"] == teacher["held_out"]).mean() for run in runs]
+    right = np.stack([run["answers"]["test"] == run["answers"]["test_labels"] for run in runs])
+    share, low, high = share_of_teacher(right, teacher["test"] == teacher["test_labels"])
+    verdict = "at least 99%" if low >= 99 else "99% within the error" if high >= 99 else "below 99%"
+    pairs = min(len(runs), len(control))
+    differences = [ours - theirs for ours, theirs in zip(accuracy[:pairs], control_accuracy[:pairs], strict=True)]
     mean = statistics.mean(differences)
-    half = scipy.stats.t.ppf(0.975, len(runs) - 1) * statistics.stdev(differences) / math.sqrt(len(runs))
-    verdict = "better" if mean > half else "worse" if mean < -half else "not told apart"
-    interval = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
-    return [mean_and_sd(accuracy), f"{of_teacher:.1f}", mean_and_sd(agreement), interval, verdict]
+    half = scipy.stats.t.ppf(0.975, pairs - 1) * statistics.stdev(differences) / math.sqrt(pairs)
+    return {
+        "student": title,
+        "steps": f"{steps:,} of {arguments['batch_size']}",
+        "seeds": len(runs),
+        "test accuracy %": mean_and_sd(accuracy),
+        "macro-F1 %": mean_and_sd(f1),
+        "% of the teacher's": f"{share:.1f} ({low:.1f}–{high:.1f}): {verdict}",
+        "agreement %": mean_and_sd(agreement),
+        "against labels alone": "–" if runs is control else f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})",
+    }
+
+
+def share_of_teacher(right, teacher_right):
+    """The students' accuracy in percent of the teacher's, with the 95% interval of a bootstrap.
+
+    Args:
+        right: [seeds, sentences] bool, which sentences each seed's student answers right.
+        teacher_right: [sentences] bool.
+    """
+    random = np.random.default_rng(0)
+    seeds, sentences = right.shape
+    shares = []
+    for _ in range(10_000):
+        drawn = random.integers(sentences, size=sentences)
+        students = right[random.integers(seeds, size=seeds)]
+        shares.append(100 * students[:, drawn].mean() / teacher_right[drawn].mean())
+    return 100 * right.mean() / teacher_right.mean(), *np.percentile(shares, (2.5, 97.5))
 
 
 def mean_and_sd(values):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="runs a row (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="where no text is added (default: %(default)s)")
-    parser.add_argument(
-        "--unlabeled", type=int, nargs="*", default=[27296], help="rows with so many sentences (default: %(default)s)"
-    )
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.seeds < 2:
-        parser.error("--seeds must be at least 2: the spread is what this measures")
-    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.processes))
-    os.chdir(ROOT)
-    os.makedirs(OUTPUT, exist_ok=True)
-    teacher = run("teacher", 33, epochs=1)["teacher"]
-
-    with ThreadPoolExecutor(args.processes) as pool:
-        plans = settings(args, pool)
-        futures = [
-            [pool.submit(run, name, seed, **flags) for seed in range(1, args.seeds + 1)]
-            for name, flags in plans.values()
-        ]
-        rows = [[future.result() for future in row] for row in tqdm(futures, desc="rows")]
-
-    header = ["student", "test accuracy %", "% of the teacher's", "agreement %", "against labels alone", "verdict"]
-    lines = [[title, *cells(runs, rows[0])] for title, runs in zip(plans, rows, strict=True)]
-    first = rows[0][0]
-    test, flags, versions = first["examples"]["test"], first["arguments"], first["versions"]
-    text = bench.table([dict(zip(header, line, strict=True)) for line in lines])
-    steps = args.epochs * math.ceil(LABELLED / flags["batch_size"])
-    text += f"""
-
-- Mean ± standard deviation of {args.seeds} seeds. Every row takes about {steps:,} steps
-  of {flags["batch_size"]} at a learning rate of {flags["learning_rate"]:g}.
-- One teacher for all: {100 * teacher["test_accuracy"]:.2f}% right on the {test} test sentences.
-- Against labels alone: the mean difference between runs of the same seed and its 95% interval (Student's t). The
-  interval covers the randomness of training only, not that of the choice of test sentences.
-- {datetime.date.today()}, {first["device"]}, {args.processes} runs at a time of {first["threads"]} threads each,
-  {flags["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
-  `{" ".join(["python tests/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])}`
-"""
-    print(text)
-    bench.put_into_card(text, "README.md", "quality")
 
 
 if __name__ == "__main__":
