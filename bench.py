@@ -18,6 +18,8 @@ import re
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -114,30 +116,23 @@ def run(args):
     models = load_models(args, class_names)
     texts = {cell: text_batches(split, *cell) for cell in itertools.product(args.batch_sizes, args.lengths)}
 
-    # 2. Measure. All models are on the device together, since they take turns.
-    cells, scores = [], {}
-    modes = [False, True] if args.compile else [False]
-    bar = tqdm(total=len(texts) * len(args.precision) * len(modes), unit=" cells", leave=False, disable=None)
+    # 2. Every model in every precision and runtime. All are on the device together, since they take turns.
+    variants = []
     for precision in args.precision:
-        for model in models:
-            model.network = copy.deepcopy(model.loaded).to(args.device, DTYPES[precision])
-            if split:
-                tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(args.device)
-                # "fp32" means no autocast here: the weights are already in their precision.
-                model.logits = distill.predict(model.network, tokens, "fp32", model.name).cpu()
-                scores[model.name, precision] = compare(model.logits, models[0].logits, split.labels)
-        for compiled in modes:
-            if compiled:
-                for model in models:
-                    model.network = torch.compile(model.network, dynamic=True)
-            for (_, size), batches in texts.items():
-                rows = measure_cell(models, batches, size, args)
-                cells += [{"precision": precision, "compile": compiled, **row} for row in rows]
-                bar.update()
-    bar.close()
+        eager = [in_pytorch(model, precision, split, args) for model in models]
+        variants += eager
+        if args.compile:
+            variants += [compiled(variant) for variant in eager]
+    if split:
+        for variant in variants:
+            variant.figures |= compare(variant.logits, variants[0].logits, split.labels)
 
-    # 3. Report.
-    rows = summarize(models, scores, cells, args)
+    # 3. Measure and report.
+    cells = []
+    for (_, size), batches in tqdm(texts.items(), unit=" cells", leave=False, disable=None):
+        cells += measure_cell(variants, batches, size, args)
+    first_cell = zip(variants, cells[: len(variants)], strict=True)
+    rows = [{**cell, **variant.figures} for variant, cell in first_cell]
     text = report(rows, cells, args)
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     arguments = {**vars(args), "device": args.device.type}
@@ -148,39 +143,79 @@ def run(args):
     print(json.dumps({"models": rows}))
 
 
+@dataclass
+class Variant:
+    """A model in one precision and one runtime: a row of the tables."""
+
+    name: str
+    precision: str
+    runtime: str  # PyTorch or compiled
+    network: Callable  # of a batch's inputs, by name
+    tokenizer: transformers.PreTrainedTokenizerBase
+    figures: dict  # size and scores
+    logits: torch.Tensor | None = None  # [N, C] float32, on the CPU, of the evaluation split
+
+
+def in_pytorch(model, precision, split, args):
+    """A model of load_models() as a Variant."""
+    network = copy.deepcopy(model.loaded).to(args.device, DTYPES[precision])
+    variant = Variant(model.name, precision, "PyTorch", network, model.tokenizer, {**model.size})
+    if split:
+        tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(args.device)
+        # "fp32" means no autocast here: the weights are already in their precision.
+        variant.logits = distill.predict(network, tokens, "fp32", model.name).cpu()
+    return variant
+
+
+def compiled(variant):
+    network = torch.compile(variant.network, dynamic=True)
+    return replace(variant, runtime="compiled", network=network, figures={**variant.figures})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Latency
 
 
-def measure_cell(models, texts, size, args):
-    """Measure one cell of the grid, whose batches are `texts`: a dictionary for each model, the teacher first.
+def measure_cell(variants, texts, size, args):
+    """Measure one cell of the grid, whose batches are `texts`: a dictionary for each variant.
 
     "model", "tokenizer" and "both" hold what describe() gives for the model alone, for the way from text to padded
     tensors on the device, and for both together; the last two only where the texts are real.
     """
-    models = {model.name: model for model in models}
-    encoding = {"truncation": True, "max_length": args.max_length if size == "real" else size, "padding": True}
+    max_length = args.max_length if size == "real" else size
 
-    def tokenize(name, i):
-        return models[name].tokenizer(*texts[i], **encoding, return_tensors="pt").to(args.device)
+    def tokenize(i, batch):
+        return encode(variants[i].tokenizer, texts[batch], max_length).to(args.device)
 
-    inputs = {name: [tokenize(name, i) for i in range(len(texts))] for name in models}
-    parts = {"model": lambda name, i: models[name].network(**inputs[name][i])}
-    if size == "real":
-        parts |= {"tokenizer": tokenize, "both": lambda name, i: models[name].network(**tokenize(name, i))}
-    rows = [{"name": name, "batch_size": len(texts[0][0]), "length": size} for name in models]
+    def forward(i, batch):
+        return variants[i].network(**inputs[i][batch])
+
+    def both(i, batch):
+        return variants[i].network(**tokenize(i, batch))
+
+    inputs = [[tokenize(i, batch) for batch in range(len(texts))] for i in range(len(variants))]
+    cells = []
+    for variant in variants:
+        cell = {"name": variant.name, "precision": variant.precision, "runtime": variant.runtime}
+        cells.append({**cell, "batch_size": len(texts[0][0]), "length": size})
+    parts = {"model": forward, "tokenizer": tokenize, "both": both} if size == "real" else {"model": forward}
     for part, call in parts.items():
-        calls = {name: functools.partial(call, name) for name in models}
+        calls = {i: functools.partial(call, i) for i in range(len(variants))}
         times = measure(calls, range(len(texts)), args.min_run_time, args.threads)
-        for row in rows:
-            row[part] = describe(times.get(row["name"]))
-    for row in rows:
-        if "error" not in row["model"]:
-            p50 = row["model"]["p50_ms"]
-            row["examples_per_second"] = 1000 * row["batch_size"] / p50
-            row["speed_up"] = None if "error" in rows[0]["model"] else rows[0]["model"]["p50_ms"] / p50
-            row["memory_bytes"] = memory_bytes(models[row["name"]].network, inputs[row["name"]])
-    return rows
+        for i, cell in enumerate(cells):
+            cell[part] = describe(times.get(i))
+    teacher = cells[0]["model"]
+    for cell, variant, batches in zip(cells, variants, inputs, strict=True):
+        if "error" not in cell["model"]:
+            p50 = cell["model"]["p50_ms"]
+            cell["examples_per_second"] = 1000 * cell["batch_size"] / p50
+            cell["speed_up"] = None if "error" in teacher else teacher["p50_ms"] / p50
+            cell["memory_bytes"] = memory_bytes(variant.network, batches)
+    return cells
+
+
+def encode(tokenizer, columns, max_length):
+    return tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
 
 
 SAMPLE = 128  # texts of the data set, the same for all models; enough batches of one text for a p99
@@ -278,16 +313,6 @@ def mcnemar(one_alone, other_alone):
 # The tables
 
 
-def summarize(models, scores, cells, args):
-    """A row for each model in each precision, compiled or not, with its speed in the first cell of the grid."""
-    sizes = {model.name: model.size for model in models}
-    rows = []
-    for cell in cells:
-        if (cell["batch_size"], cell["length"]) == (args.batch_sizes[0], args.lengths[0]):
-            rows.append({**cell, **sizes[cell["name"]], **scores.get((cell["name"], cell["precision"]), {})})
-    return rows
-
-
 def report(rows, cells, args):
     """The Markdown text: the headlines, a row for each model, the conditions of the measurement, and the grid."""
     where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
@@ -298,13 +323,15 @@ def report(rows, cells, args):
             headlines.append(f"**{row['name']} is {ratio}** ({where}, {variant(row)}).")
     memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
     notes = [
-        f"p50 and speed-up: medians at {where}, each batch padded to its longest text.",
+        f"p50: median at {where}, each batch padded to its longest text. "
+        f"Speed-up: over {args.teacher_id} in {variant(rows[0])}.",
         f"Memory: {memory}. Embeddings are only looked up: they take memory, but hardly any time.",
     ]
     if args.dataset_id:
         notes += [
             f"Accuracy: on the {args.eval_split} split of {args.dataset_id}, with Wilson's 95% interval.",
-            "Alone right: examples that only this model : only the teacher got right; p: McNemar's exact test.",
+            "Agreement: share of the teacher's answers. Alone right: examples that only this model : only the teacher "
+            "got right; p: McNemar's exact test.",
         ]
     notes.append(
         f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), torch {torch.__version__}, "
@@ -330,6 +357,7 @@ def model_columns(row):
     if "accuracy" in row:
         low, high = row["accuracy_interval"]
         columns["accuracy (95%)"] = f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"
+        columns["macro-F1"] = shown(row["macro_f1"], ".3f")
         columns["agreement"] = shown(row["agreement"], ".3f")
         columns["alone right"] = f"{row['alone_right']} : {row['teacher_alone_right']}"
         columns["p"] = shown(row["mcnemar_p"], ".2g")
@@ -357,7 +385,7 @@ def cell_columns(cell, args):
 
 
 def variant(row):
-    return f"{row['precision']}, compiled" if row["compile"] else row["precision"]
+    return row["precision"] if row["runtime"] == "PyTorch" else f"{row['precision']}, {row['runtime']}"
 
 
 def shown(value, form=",.2f", unit=1):
