@@ -70,7 +70,7 @@ def parse_args(argv):
 
 
 def parse_distill_args(argv, train_data):
-    """Parse distill.py's flags and refuse what cannot work in a job: (all as a namespace, those given by name)."""
+    """Parse distill.py's flags, and refuse what cannot work in a job. Returns all of them, and by name those to send."""
     distill_args = distill.parse_args(argv)
     words = {word.partition("=")[0] for word in argv}
     given = {name: value for name, value in vars(distill_args).items() if f"--{name}" in words}
@@ -256,13 +256,13 @@ def follow(training_job, instance_count):
 
 def fetch(session, model, checkpoints, folder):
     """Unpack the student from its tarball in S3, and copy a teacher that the job fine-tuned into teacher/."""
-    from sagemaker.core.s3 import S3Downloader, parse_s3_url
-
-    bucket, key = parse_s3_url(model)
+    bucket, key = model.removeprefix("s3://").split("/", 1)
     with tarfile.open(fileobj=session.s3_client.get_object(Bucket=bucket, Key=key)["Body"], mode="r|gz") as tar:
         tar.extractall(folder, filter="data")
-    if checkpoints:  # the slash at the end: teacher_logits.safetensors lies beside teacher/
-        S3Downloader.download(f"{checkpoints.s3_uri}/teacher/", os.path.join(folder, "teacher"), None, session)
+    if checkpoints:
+        bucket, key = checkpoints.s3_uri.removeprefix("s3://").split("/", 1)
+        # The slash at the end keeps out teacher_logits.safetensors, which lies beside teacher/.
+        session.download_data(os.path.join(folder, "teacher"), bucket, f"{key}/teacher/")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
