@@ -70,7 +70,7 @@ def parse_args(argv):
 
 
 def parse_distill_args(argv, train_data):
-    """Parse distill.py's flags, and refuse what cannot work in a job. Returns all of them, and by name those to send."""
+    """Parse distill.py's flags, refusing what cannot work in a job. Returns all of them, and by name those to send."""
     distill_args = distill.parse_args(argv)
     words = {word.partition("=")[0] for word in argv}
     given = {name: value for name, value in vars(distill_args).items() if f"--{name}" in words}
