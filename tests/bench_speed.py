@@ -1,10 +1,11 @@
-"""How fast distill.py is against the published Trainer way, where its time goes, and how it grows.
+"""How fast distill.py is beside the published Trainer, where its time goes, and how it grows with the data.
 
-    python tests/bench_speed.py
+    python tests/bench_speed.py           # measure; leave the machine alone meanwhile
+    python tests/bench_speed.py --draw    # redraw the picture from README's table
 
-The ways take turns on this machine, each run in a process of its own, with the same models, text, batch size and
-epochs, round after round. The models have the shapes of the published pair, with random weights, on which speed does
-not depend, and of the demo. The figures go into README.md, between its markers. Nothing else should run meanwhile.
+The ways take turns on this machine, round after round, each run in a process of its own, with the same models, text,
+batch size and epochs. The models have the shapes of the published pair, with random weights, since speed does not
+depend on them, and of the demo. The figures go into README.md, between its markers, and into imgs/speed.svg.
 """
 
 # ruff: noqa: E402
@@ -13,6 +14,7 @@ import time
 BEGIN = time.perf_counter()  # before the imports, which take seconds and are a part of a run
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
@@ -33,8 +35,10 @@ import data
 import distill
 from losses import distillation_loss
 
+README = os.path.join(ROOT, "README.md")
 OUTPUT = os.path.join(ROOT, "outputs", "speed")
 BATCH_SIZE = 32
+PUBLISHED, DEMO = "BERT-base → BERT-tiny", "demo: 6 → 2 layers"  # the pairs of models, as the tables name them
 ON_GPU = torch.cuda.is_available()
 AS_PUBLISHED = "fp16" if ON_GPU else "fp32"
 
@@ -62,7 +66,7 @@ def save_bert(name, layers, width):
 
 
 def save_demo(name, layers):
-    """The demo's model, cut to its first layers; returns its folder."""
+    """The demo's model with so many of its layers, evenly spaced; returns its folder."""
     folder = os.path.join(OUTPUT, name)
     model, tokenizer = distill.load_model("demo", ["negative", "positive"], layers)
     distill.save_model(folder, model, tokenizer)
@@ -70,7 +74,7 @@ def save_demo(name, layers):
 
 
 def save_text(examples):
-    """Write so many of the demo's sentences, repeated if need be, and a tenth for eval; returns the folder."""
+    """Write so many of the demo's sentences, repeated if too few, and a tenth for eval; returns the folder."""
     folder = os.path.join(OUTPUT, f"text{examples}")
     os.makedirs(folder, exist_ok=True)
     rows = data.read_demo("train")
@@ -129,12 +133,12 @@ def trainers(models, text, epochs, precision, tuned):
 
 
 def median_and_range(values, digits=1):
-    """As text, the range in brackets."""
+    """As text, with the range in brackets."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def comparison(title, models, text, precision, rounds):
-    """The three ways in turn, at 1, 3 and 10 epochs: rows of two tables, of training and of whole processes."""
+    """The three ways in turn, at 1, 3 and 10 epochs. Yields a row of each of two tables: training, whole process."""
     for epochs in (1, 3, 10):
         runs = []  # a round's [training, process] seconds of each way
         for _ in range(rounds):
@@ -162,7 +166,7 @@ def parts_of_a_run(argv):
     """Run distill.main(argv), then print the seconds of its parts, none counted twice, and the peak memory, as JSON."""
     seconds = {"imports": time.perf_counter() - BEGIN}
     running = []
-    wait = torch.cuda.synchronize if ON_GPU else lambda: None  # a GPU's work would be counted where it is waited for
+    wait = torch.cuda.synchronize if ON_GPU else lambda: None  # else a GPU's work counts where the host waits for it
 
     def clock(module, name, part):
         function = getattr(module, name)
@@ -204,7 +208,7 @@ def parts_of_a_run(argv):
 
 
 def loop_overhead(models, text, rounds=15):
-    """train()'s epoch without evaluation and files, against its bare steps on batches in memory: ratios of seconds."""
+    """An epoch of train() without evaluation and files, over its bare steps on batches in memory: ratios of seconds."""
     argv = ["--teacher_id", models[0], "--student_id", models[1], "--dataset_id", text, "--epochs", "1"]
     args = distill.parse_args([*argv, "--batch_size", str(BATCH_SIZE), "--output_dir", os.path.join(OUTPUT, "loop")])
     distill.evaluate = lambda *_: {"accuracy": 0.0, "loss": 0.0}
@@ -251,7 +255,7 @@ def loop_overhead(models, text, rounds=15):
 
 
 def padding(text):
-    """The share of padding among the tokens computed: in labelling, in training, and in random batches."""
+    """The share of padding among the computed tokens: in labelling, in training, and in random batches."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(data.demo_model())
     tokens = data.tokenize(tokenizer, data.load_splits(text)[0]["train"].texts, 512)
 
@@ -267,7 +271,7 @@ def padding(text):
 
 
 def growth(models, sizes):
-    """Rows of a table: seconds and bytes of memory of a whole run, and what each further example takes."""
+    """Rows of a table: seconds and peak memory of a whole run, and what each further example adds."""
     before = None
     for size in sizes:
         _, parts = ours(models, save_text(size), 1, parts=True)
@@ -313,7 +317,10 @@ def main(argv=None):
     parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 400, help="sentences to train on")
     parser.add_argument("--rounds", type=int, default=3, help="how often each comparison is made")
     parser.add_argument("--sizes", default="5000,50000,500000", help="of the data sets that show how a run grows")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture, from README's table")
     args = parser.parse_args(argv)
+    if args.draw:
+        return draw()
     distill.quiet_libraries()
     text, sizes = save_text(args.examples), [int(size) for size in args.sizes.split(",")]
     published = save_bert("bert-base", 12, 768), save_bert("bert-L2-H128", 2, 128)
@@ -323,7 +330,7 @@ def main(argv=None):
 
     header = ["models", "epochs", "ours s", "as published s", "tuned s", "as published / ours", "tuned / ours"]
     pairs = []
-    for title, models in (("BERT-base → L2 H128", published), ("demo: 6 → 2 layers", demo)):
+    for title, models in ((PUBLISHED, published), (DEMO, demo)):
         for pair in comparison(title, models, text, precision, args.rounds):
             print(*pair, sep="\n", flush=True)
             pairs.append(pair)
@@ -336,7 +343,7 @@ def main(argv=None):
     ranks = "one GPU only"
     if not ON_GPU or torch.cuda.device_count() > 1:
         ranks = table(["", "1 rank s", "2 ranks s", "times as fast"], two_ranks(published, text, args.rounds))
-    grown = table(["examples", "s", "µs a further one", "peak MB", "bytes a further one"], growth(tiny, sizes))
+    grown = table(["examples", "s", "µs per further one", "peak MB", "bytes per further one"], growth(tiny, sizes))
     overheads = [median_and_range(loop_overhead(models, text), 2) for models in (published, demo)]
     paddings = table(
         ["share of padding", "labelling", "training", "random batches"],
@@ -346,49 +353,136 @@ def main(argv=None):
         ],
     )
 
-    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
-    ratios = [", ".join(pair[kind][column].split()[0] for pair in pairs[:3]) for kind in (0, 1) for column in (5, 6)]
-    report = f"""**At 1, 3 and 10 epochs of the published shapes training is {ratios[0]} times as fast
-as the published way ({AS_PUBLISHED}; ours {precision}) and {ratios[1]} times as fast as that way tuned ({precision});
-whole processes are {ratios[2]} and {ratios[3]} times as fast.**
+    ways = (f"as published ({AS_PUBLISHED})", f"tuned ({precision})")
+    ratios = table(
+        ["models", "the Trainer", "training at 1, 3, 10 epochs", "whole process"],
+        [
+            [title, way, *(", ".join(pair[kind][column].split()[0] for pair in of_title) for kind in (0, 1))]
+            for title, of_title in ((PUBLISHED, pairs[:3]), (DEMO, pairs[3:]))
+            for way, column in zip(ways, (5, 6), strict=True)
+        ],
+    )
 
-Seconds of training, from models and tokens in memory to the saved student, with an evaluation after every epoch; ours
-include the teacher's labelling:
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    conditions = f"{device}, {args.examples:,} sentences in batches of {BATCH_SIZE}, {args.rounds} rounds"
+    report = f"""How many times as fast as the Trainer:
+
+{ratios}
+
+{conditions}. Training includes an evaluation after every
+epoch and, in ours, the teacher's labelling.
+
+<details>
+<summary>All figures, where the time goes, padding, two processes, growth with the data</summary>
+
+- As published: a `Trainer` that runs the teacher in its loss, in evaluation too
+  ([tests/trainer_way.py](tests/trainer_way.py)), in {AS_PUBLISHED}. Tuned: student and teacher in {precision}, 50
+  batches at a time sorted by length, no optimizer in its checkpoints. Ours: {precision}.
+- Training: from models and tokens in memory to the saved student. Whole process: imports, reading and loading too.
+  Medians; ratios with their range.
+- {datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}:
+  `{" ".join(["python tests/bench_speed.py", *(sys.argv[1:] if argv is None else argv)])}`,
+  {(time.perf_counter() - BEGIN) / 60:.0f} minutes
+
+Seconds of training:
 
 {training}
 
-Seconds of the whole process, with imports, reading and loading:
+Seconds of the whole process:
 
 {process}
 
-- {args.examples:,} sentences in batches of {BATCH_SIZE}, ours in {precision}. Medians of {args.rounds} rounds; ratios
-  with their range.
-- As published: a `Trainer` with the teacher in its loss, in evaluation too
-  ([tests/trainer_way.py](tests/trainer_way.py)), in {AS_PUBLISHED}. Tuned: student and teacher in
-  {precision}, 50 batches at a time sorted by length, no optimizer in its checkpoints.
-- Without evaluation and files, an epoch of `train` takes {overheads[0]} times (BERT) and {overheads[1]} times (demo)
-  as long as bare forward, backward, clip and step on batches in memory (15 rounds).
-
-{paddings}
-
-Where the time goes, BERT-base → L2 H128, 3 epochs, one run:
+Where the time goes, {PUBLISHED}, 3 epochs, one run:
 
 {parts}
 
-The same on one process and on two, {"each with its GPU" if ON_GPU else "each with one thread"}:
+Without evaluation and files, an epoch of `train` takes {overheads[0]} times (BERT) and {overheads[1]} times (demo) as
+long as bare forward, backward, clip and step on batches in memory (15 rounds).
+
+{paddings}
+
+One process and two, {"each with its GPU" if ON_GPU else "each with one thread"}, {PUBLISHED}, 3 epochs:
 
 {ranks}
 
-How time and memory grow with the data (teacher and student: one layer, 64 wide; 1 epoch):
+How time and memory grow with the data (teacher and student of one layer, 64 wide; 1 epoch):
 
 {grown}
 
-- {datetime.date.today()}, {device}, torch {torch.__version__}, transformers {transformers.__version__}:
-  `{" ".join(["python tests/bench_speed.py", *(sys.argv[1:] if argv is None else argv)])}`,
-  {(time.perf_counter() - BEGIN) / 60:.0f} minutes
+</details>
 """
     print(report)
-    bench.put_into_card(report, os.path.join(ROOT, "README.md"), "speed")
+    bench.put_into_card(report, README, "speed")
+    draw()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+
+# As far from white as from GitHub's dark page, so that text and lines show on both.
+GREY, BLUE, RED, OCHRE = "#797979", "#2079e0", "#d4456a", "#a06f00"
+
+
+def draw():
+    """Draw imgs/speed.svg, seconds of training against epochs, from README's table."""
+    rows = readme_table("speed", "ours s", "tuned s")
+    with picture("speed", columns=2) as both:
+        for axes, title in zip(both, (PUBLISHED, DEMO), strict=True):
+            of_pair = [row for row in rows if row["models"] == title]
+            epochs = [int(row["epochs"]) for row in of_pair]
+            seconds = {way: [float(row[f"{way} s"]) for row in of_pair] for way in ("as published", "tuned", "ours")}
+            top = 1.12 * max(map(max, seconds.values()))
+            close = seconds["tuned"][-1] - seconds["ours"][-1] < 0.2 * top  # then the name stands below the line
+            names = {"as published": "published Trainer", "tuned": "tuned", "ours": "distill.py"}
+            for (way, values), colour in zip(seconds.items(), (RED, OCHRE, BLUE), strict=True):
+                below = way == "ours" and close
+                axes.plot(epochs, values, "o-", color=colour, linewidth=2.5, markersize=5, clip_on=False)
+                end = (epochs[-1], values[-1])
+                axes.annotate(f"{values[-1]:.0f} s", end, (7, 0), textcoords="offset points", va="center", color=colour)
+                axes.annotate(
+                    names[way],
+                    end,
+                    (-6, -34 if below else 5),
+                    textcoords="offset points",
+                    ha="right",
+                    va="top" if below else "bottom",
+                    color=colour,
+                )
+            axes.set_title(title, fontsize="medium")
+            axes.set(xlim=(0, epochs[-1]), ylim=(0, top), xticks=epochs, xlabel="epochs")
+        both[0].set_ylabel("seconds of training")
+
+
+def readme_table(name, *columns):
+    """The first table with these columns between README's markers of that name: its rows, as text by column."""
+    with open(README, encoding="utf-8") as file:
+        block = file.read().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+    for paragraph in block.split("\n\n"):
+        lines = [line.strip("| ").split(" | ") for line in paragraph.splitlines() if line.startswith("|")]
+        if lines and set(columns) <= set(lines[0]):
+            return [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
+    raise ValueError(f"README.md has no table with the columns {', '.join(columns)}")
+
+
+@contextlib.contextmanager
+def picture(name, columns=1, height=4.2):
+    """Axes side by side to draw on; afterwards they are imgs/NAME.svg, the same bytes for the same figures."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.hashsalt": name,
+        "font.size": 12,  # shown about 440 pixels wide, a point is a pixel
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(6.1, height), layout="constrained")
+        yield figure.subplots(1, columns)
+        path = os.path.join(ROOT, "imgs", f"{name}.svg")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":
