@@ -4,13 +4,14 @@
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
 missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). The table
-goes into README.md, between its markers.
+goes into README.md, between its markers, and into imgs/quality.svg; --draw only redraws the picture, from that table.
 """
 
 import argparse
 import datetime
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -26,6 +27,8 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+import bench_speed  # noqa: E402
 
 import bench  # noqa: E402
 import data  # noqa: E402
@@ -96,7 +99,10 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, help="runs a row, at most (default: 2 to 5, by the row)")
     parser.add_argument("--tried", action="store_true", help="the runs of what did not help as well, by three seeds")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture, from README's table")
     args = parser.parse_args(argv)
+    if args.draw:
+        return draw()
     if args.seeds is not None and args.seeds < 2:
         parser.error("--seeds must be at least 2: the spread is what this measures")
     threads = max(1, os.cpu_count() // args.processes)
@@ -142,6 +148,7 @@ def main(argv=None):
 """
     print(report)
     bench.put_into_card(report, "README.md", "quality")
+    draw()
 
 
 def run(folder, flags):
@@ -312,6 +319,31 @@ def share_of_teacher(right, teacher_right):
 
 def mean_and_sd(values):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def draw():
+    """Draw imgs/quality.svg, test accuracy of the students beside their teacher's, from README's table."""
+    with open(bench_speed.README, encoding="utf-8") as file:
+        teacher = float(re.search(r"One teacher for all: ([\d.]+)%", file.read())[1])
+    rows = [
+        row for row in bench_speed.readme_table("quality", "student", "test accuracy %") if row["student"] not in TRIED
+    ]
+    scores = [[float(number) for number in row["test accuracy %"].split(" ± ")] for row in rows]
+    low = min(mean - spread for mean, spread in scores)
+    high = max([teacher, *(mean + spread for mean, spread in scores)])
+    with bench_speed.picture("quality", height=max(4.2, 1.1 + 0.44 * len(rows))) as axes:
+        right_edge = axes.get_yaxis_transform()  # x from 0 to 1 across the axes, y as in the data
+        for y, (row, (mean, spread)) in enumerate(zip(rows, scores, strict=True)):
+            colour = bench_speed.GREY if row["student"].startswith("labels alone") else bench_speed.BLUE
+            axes.errorbar(mean, y, xerr=spread, fmt="o", color=colour, linewidth=2.5, markersize=6, capsize=4)
+            axes.text(1.02, y, f"{mean:.1f}", transform=right_edge, va="center", color=colour)
+            axes.text(low, y - 0.28, row["student"], fontsize=10.5, va="bottom", color=colour)
+        axes.axvline(teacher, color=bench_speed.RED, linewidth=1.5, linestyle="--", zorder=0)
+        axes.text(teacher, -1, "teacher ", ha="right", va="center", color=bench_speed.RED)
+        axes.text(1.02, -1, f"{teacher:.1f}", transform=right_edge, va="center", color=bench_speed.RED)
+        axes.set(ylim=(len(rows) - 0.6, -1.2), xlim=(low - 0.2, high + 0.2), yticks=[])
+        axes.set_xlabel("test accuracy %, mean ± standard deviation over seeds")
+        axes.spines["left"].set_visible(False)
 
 
 if __name__ == "__main__":
