@@ -10,14 +10,20 @@ All of them get the same texts, each batch padded to its longest.
 import argparse
 import copy
 import functools
+import importlib.metadata
+import importlib.util
+import inspect
 import itertools
 import json
+import logging
 import os
 import platform
 import re
 import shlex
 import statistics
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -75,6 +81,7 @@ def parse_args(argv=None):
     )
     add("--precision", type=list_of(precision_name), default=["fp32"], help="of the weights: fp32, bf16, fp16")
     add("--compile", **boolean, default=False, help="measure every model under torch.compile, too")
+    add("--onnx", **boolean, default=False, help="export every model, measure it in ONNX Runtime too, in fp32 and int8")
     add(
         "--min_run_time", type=distill.above_zero, default=0.5, help="seconds to time each model in each cell, at least"
     )
@@ -123,6 +130,9 @@ def run(args):
         variants += eager
         if args.compile:
             variants += [compiled(variant) for variant in eager]
+    if args.onnx:
+        exported = [variant for model in models for variant in in_onnx_runtime(model, split, args)]
+        variants += sorted(exported, key=lambda variant: variant.precision)
     if split:
         for variant in variants:
             variant.figures |= compare(variant.logits, variants[0].logits, split.labels)
@@ -133,8 +143,10 @@ def run(args):
         cells += measure_cell(variants, batches, size, args)
     first_cell = zip(variants, cells[: len(variants)], strict=True)
     rows = [{**cell, **variant.figures} for variant, cell in first_cell]
-    text = report(rows, cells, args)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if args.onnx:
+        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    text = report(rows, cells, versions, args)
     arguments = {**vars(args), "device": args.device.type}
     distill.write_json(args.output, {"versions": versions, "arguments": arguments, "models": rows, "cells": cells})
     if args.model_card:
@@ -149,7 +161,7 @@ class Variant:
 
     name: str
     precision: str
-    runtime: str  # PyTorch or compiled
+    runtime: str  # PyTorch, compiled or ONNX Runtime
     network: Callable  # of a batch's inputs, by name
     tokenizer: transformers.PreTrainedTokenizerBase
     figures: dict  # size and scores
@@ -163,7 +175,7 @@ def in_pytorch(model, precision, split, args):
     if split:
         tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(args.device)
         # "fp32" means no autocast here: the weights are already in their precision.
-        variant.logits = distill.predict(network, tokens, "fp32", model.name).cpu()
+        variant.logits = distill.predict(network, tokens, "fp32", model.name).cpu()[:, model.order]
     return variant
 
 
@@ -313,12 +325,13 @@ def mcnemar(one_alone, other_alone):
 # The tables
 
 
-def report(rows, cells, args):
+def report(rows, cells, versions, args):
     """The Markdown text: the headlines, a row for each model, the conditions of the measurement, and the grid."""
     where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
     headlines = []
     for row in rows:
-        if row["name"] != args.teacher_id and variant(row) == variant(rows[0]) and row.get("speed_up"):
+        shown_above = variant(row) in (variant(rows[0]), "int8, ONNX Runtime")
+        if row["name"] != args.teacher_id and shown_above and row.get("speed_up"):
             ratio = f"{row['speed_up']:.2f} times as fast as {args.teacher_id}"
             headlines.append(f"**{row['name']} is {ratio}** ({where}, {variant(row)}).")
     memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
@@ -333,9 +346,13 @@ def report(rows, cells, args):
             "Agreement: share of the teacher's answers. Alone right: examples that only this model : only the teacher "
             "got right; p: McNemar's exact test.",
         ]
+    for row in rows:
+        if "agreement_with_fp32" in row:
+            share = f"{row['agreement_with_fp32']:.1%} of its answers in fp32"
+            notes.append(f"ONNX Runtime: in int8 {row['name']} gives {share}.")
     notes.append(
-        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), torch {torch.__version__}, "
-        f"transformers {transformers.__version__}: `{args.command}`"
+        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), "
+        f"{', '.join(f'{package} {version}' for package, version in versions.items())}: `{args.command}`"
     )
     notes = "\n".join(f"- {note}" for note in notes)
     models = table([model_columns(row) for row in rows])
@@ -415,13 +432,17 @@ def put_into_card(text, path, name="bench"):
 
 
 def load_models(args, class_names):
-    """The teacher, then the students: namespaces of name, loaded (on the CPU, in float32), tokenizer and size.
+    """The teacher, then the students: namespaces of name, loaded (on the CPU, in float32), tokenizer, order and size.
+
+    A model's logits[:, order] are those of the data set's classes, or without a data set of the teacher's.
 
     Raises UserError for a model that cannot be loaded, has other classes, or cannot read --lengths tokens.
     """
     models = []
     for name in (args.teacher_id, *args.student_id):
         model, tokenizer = distill.load_model(name)
+        accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
         own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
         class_names = class_names or own_names
         # Both ways round: without a data set it may be the teacher whose classes are only called LABEL_0, LABEL_1.
@@ -431,13 +452,12 @@ def load_models(args, class_names):
                 f"{name} has the classes {', '.join(own_names)}, not {', '.join(class_names)}: leave it out, "
                 "or rename its classes in its config.json"
             )
-        distill.reorder_classes(model, order, class_names)
         for tokens in args.lengths:
             if tokens != "real" and tokens > tokenizer.model_max_length:
                 raise UserError(f"--lengths {tokens}: {name} reads {tokenizer.model_max_length} tokens at most")
         args.max_length = min(args.max_length, tokenizer.model_max_length)
         size = {**parameter_counts(model), "disk_bytes": disk_bytes(name)}
-        models.append(argparse.Namespace(name=name, loaded=model, tokenizer=tokenizer, size=size))
+        models.append(argparse.Namespace(name=name, loaded=model, tokenizer=tokenizer, order=order, size=size))
     return models
 
 
@@ -462,7 +482,12 @@ def disk_bytes(model_id):
 
 @torch.inference_mode()
 def memory_bytes(model, batches):
-    """Bytes of the weights; on a GPU, the peak over the forward passes of some batches, weights included."""
+    """Bytes of the weights; on a GPU, the peak over the forward passes of some batches, weights included.
+
+    None for ONNX Runtime, which does not say.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return None
     weights = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
     if not next(model.parameters()).is_cuda:
         return weights
@@ -471,6 +496,107 @@ def memory_bytes(model, batches):
     for inputs in batches:
         model(**inputs)
     return torch.cuda.max_memory_allocated() - others
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ONNX Runtime
+
+ONNX_FILES = {"fp32": "model.onnx", "int8": "model_int8.onnx"}  # in onnx/, where transformers.js and Optimum look
+TOLERANCE = 1e-3  # of logits; another order of the same sums makes a difference of about 1e-5
+
+
+def in_onnx_runtime(model, split, args):
+    """A model of load_models() exported to ONNX, as Variants in fp32 and int8; none where it cannot be exported.
+
+    The files stay in onnx/ in the model's folder.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            export(model, temporary)
+        except Exception as error:  # whatever the exporter and the quantizer meet in an unknown model
+            distill.say(f"note: {model.name} is not measured in ONNX Runtime: {data.one_line(error)}")
+            return []
+        check_export(model, temporary, split, args)
+        folder = onnx_folder(model, args.output)
+        for file in ONNX_FILES.values():
+            distill.complete_copy(os.path.join(temporary, file), os.path.join(folder, file))
+
+    variants = []
+    for precision, file in ONNX_FILES.items():
+        path = os.path.join(folder, file)
+        figures = {**model.size, "disk_bytes": os.path.getsize(path)}
+        network = open_session(path, args.threads)
+        variant = Variant(model.name, precision, "ONNX Runtime", network, model.tokenizer, figures)
+        if split:
+            # One by one: in int8 the scale of a batch depends on all its texts, and so do the answers.
+            examples = (encode(model.tokenizer, texts.values(), args.max_length) for texts in split.texts.iter(1))
+            variant.logits = torch.cat([network(**inputs) for inputs in examples])[:, model.order]
+        variants.append(variant)
+    if split:
+        fp32, int8 = [variant.logits.argmax(-1) for variant in variants]
+        variants[1].figures["agreement_with_fp32"] = (fp32 == int8).double().mean().item()
+    return variants
+
+
+def export(model, folder):
+    """Write ONNX_FILES: the model as it is, and with the weights of its matrix products and embeddings in int8."""
+    from onnxruntime.quantization import quantize_dynamic  # only --onnx needs it
+
+    example = model.tokenizer(["one", "two words"], padding=True, return_tensors="pt")
+    axes = {name: {0: "batch", 1: "length"} for name in example}
+    fp32, int8 = [os.path.join(folder, file) for file in ONNX_FILES.values()]
+    logging.disable(logging.WARNING)  # about packages that nothing here needs
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                model.loaded, kwargs=dict(example), output_names=["logits"], dynamic_shapes=axes, verbose=False
+            )
+            program.save(fp32, external_data=False)
+            # A scale for each column costs nothing and more than halves the error. Seven bits: with eight, CPUs without
+            # VNNI instructions overflow in the sums of two products.
+            quantize_dynamic(fp32, int8, per_channel=True, reduce_range=True)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def open_session(path, threads):
+    """An ONNX file as a function of a batch's inputs, by name, that returns the logits."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def network(**inputs):
+        [logits] = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
+        return torch.from_numpy(logits)
+
+    return network
+
+
+@torch.inference_mode()
+def check_export(model, folder, split, args):
+    """Raise UserError where the exported model does not give PyTorch's logits for some texts, alone and padded."""
+    network = open_session(os.path.join(folder, ONNX_FILES["fp32"]), args.threads)
+    columns = list(split.texts[:8].values()) if split else [[" ".join(map(str, range(n))) for n in range(1, 80, 10)]]
+    for size in (1, 8):
+        inputs = encode(model.tokenizer, [column[:size] for column in columns], args.max_length)
+        difference = (model.loaded(**inputs).logits - network(**inputs)).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise UserError(f"{model.name}: exported to ONNX, its logits differ from PyTorch's by {difference:.2g}")
+
+
+def onnx_folder(model, output):
+    """The folder of a model's ONNX files, made if need be: in the model's own folder, or for a Hub id beside output."""
+    folder = os.path.expanduser(model.name)
+    if model.name == "demo" or not os.path.isdir(folder):
+        # Not plainly under its id, where transformers would from now on take this folder for the model itself.
+        folder = os.path.join(os.path.dirname(output), "onnx_models", model.name)
+        model.loaded.config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+    folder = os.path.join(folder, "onnx")
+    os.makedirs(folder, exist_ok=True)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,6 +612,8 @@ def check_before_start(args):
         raise UserError(f"a model is named twice: {', '.join(models)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise UserError("--onnx needs packages: pip install onnx onnxscript onnxruntime")
     if args.dataset_id is None and "real" in args.lengths:
         raise UserError("--lengths real needs a data set: name one by --dataset_id")
     if not os.access(os.path.dirname(args.output) or ".", os.W_OK):
@@ -501,11 +629,13 @@ def device_name(device):
     return capabilities().get("cpu_name", platform.machine())
 
 
-def check_precisions(args):
-    """Raise UserError for a precision that the hardware has no arithmetic in.
+def check_device(args):
+    """Raise UserError for what the device cannot do.
 
-    torch emulates it, but slower than fp32: nobody would serve a model that way.
+    torch emulates a precision that the hardware lacks, but slower than fp32: nobody would serve a model that way.
     """
+    if args.onnx and args.device.type == "cuda":
+        raise UserError("--onnx measures on the CPU: add --device cpu")
     native = {"fp32": True, "bf16": distill.multiplies_bf16(args.device)}
     native["fp16"] = args.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
     for precision in args.precision:
@@ -546,7 +676,7 @@ def main(argv=None):
         check_before_start(args)
         args.device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
         args.device_name = device_name(args.device)
-        check_precisions(args)
+        check_device(args)
         with distill.process_group(args.device):
             run(args)
     except UserError as error:

@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from hub_standin import HubStandin
+from transformers import AutoTokenizer
 
 import bench
 import data
@@ -293,25 +295,21 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
 def test_classes_are_compared_by_name_not_by_position(run, save_tiny, reviews_folder, capsys):
     """A student whose classes stand in the other order gives the same answers."""
     teacher = save_tiny("teacher", classes=("negative", "positive"))
-    student = shutil.copytree(teacher, "swapped")
-    config = json.loads(Path(student, "config.json").read_text())
-    config["id2label"], config["label2id"] = {"0": "positive", "1": "negative"}, {"positive": 0, "negative": 1}
-    Path(student, "config.json").write_text(json.dumps(config))
-    run(
-        "--teacher_id",
-        teacher,
-        "--student_id",
-        student,
-        "--dataset_id",
-        reviews_folder,
-        "--lengths",
-        8,
-        "--batch_sizes",
-        1,
-    )
+    student = swap_classes(teacher, "swapped")
+    grid = ["--lengths", 8, "--batch_sizes", 1]
+    run("--teacher_id", teacher, "--student_id", student, "--dataset_id", reviews_folder, *grid)
     teacher, student = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
     assert student["agreement"] == 0
     assert student["accuracy"] == pytest.approx(1 - teacher["accuracy"])
+
+
+def swap_classes(source, folder):
+    """A copy of a model of two classes that names its outputs the other way round."""
+    folder = shutil.copytree(source, folder)
+    config = json.loads(Path(folder, "config.json").read_text())
+    config["id2label"], config["label2id"] = {"0": "positive", "1": "negative"}, {"positive": 0, "negative": 1}
+    Path(folder, "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def test_a_cell_out_of_memory_says_so_and_the_rest_goes_on(run, save_tiny, monkeypatch, capsys):
@@ -335,7 +333,7 @@ def test_hub_models_without_a_data_set(save_tiny, tmp_path):
     for name, classes in (("teacher", ("LABEL_0", "LABEL_1")), ("student", ("negative", "positive"))):
         shutil.copytree(save_tiny(name, classes=classes), tmp_path / "hub" / "models" / "org" / name)
     command = f"{sys.executable} {ROOT}/bench.py --teacher_id org/teacher --student_id org/student --device cpu"
-    command += " --lengths 8 --batch_sizes 1 --threads 1 --min_run_time 0.001"
+    command += " --lengths 8 --batch_sizes 1 --threads 1 --min_run_time 0.001 --onnx"
     with HubStandin(tmp_path / "hub") as hub:
         ended = subprocess.run(
             command.split(),
@@ -346,10 +344,133 @@ def test_hub_models_without_a_data_set(save_tiny, tmp_path):
         )
     assert ended.returncode == 0, ended.stderr
     rows = json.loads(ended.stdout.splitlines()[-1])["models"]
-    assert [row["disk_bytes"] for row in rows] == [
+    assert [row["disk_bytes"] for row in rows[:2]] == [
         (tmp_path / name / "model.safetensors").stat().st_size for name in ("teacher", "student")
     ]
+    folder = tmp_path / "onnx_models" / "org" / "student"  # complete: what transformers.js and Optimum load
+    for file in ("onnx/model.onnx", "onnx/model_int8.onnx", "tokenizer.json", "config.json"):
+        assert (folder / file).is_file()
     assert "accuracy" not in rows[0] and "accuracy" not in ended.stdout
+
+
+# ONNX Runtime
+
+DISTILBERT = {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+ROBERTA = {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "pairs", "inputs"),
+    [
+        ({}, True, ["attention_mask", "input_ids", "token_type_ids"]),
+        (DISTILBERT, False, ["attention_mask", "input_ids"]),
+        (ROBERTA, False, ["attention_mask", "input_ids"]),
+    ],
+    ids=["bert", "distilbert", "roberta"],
+)
+def test_onnx_gives_the_logits_of_pytorch(save_tiny, tokenizer, reviews, tmp_path, shape, pairs, inputs):
+    if shape is ROBERTA:  # its own tokenizer gives no token types
+        tokenizer = AutoTokenizer.from_pretrained(data.demo_model(), model_input_names=inputs)
+    folder = save_tiny("model", max_position_embeddings=160, tokenizer=tokenizer, **shape)
+    [model] = bench.load_models(bench_args(folder), None)
+    bench.export(model, tmp_path)
+    path = str(tmp_path / "model.onnx")
+    network = bench.open_session(path, threads=1)
+    given = onnxruntime.InferenceSession(path).get_inputs()
+    assert sorted(each.name for each in given) == inputs
+    assert {each.type for each in given} == {"tensor(int64)"}
+
+    texts = [text for text, _ in reviews[:100]]
+    columns = [texts, texts[::-1]] if pairs else [texts]
+    batches = [[column[i : i + size] for column in columns] for size in (1, 7) for i in range(0, 100, size)]
+    for length in (3, 4, 37, 128):  # without padding, whatever the batch
+        batches += [[[" ".join(["word"] * (length - 2))] * size] for size in (1, 7)]
+    lengths, padded = set(), 0
+    for batch in batches:
+        encoded = bench.encode(model.tokenizer, batch, 128)
+        with torch.inference_mode():
+            torch.testing.assert_close(network(**encoded), model.loaded(**encoded).logits, rtol=0, atol=1e-3)
+        lengths.add(encoded["input_ids"].shape[1])
+        padded += int((encoded["attention_mask"] == 0).any())
+    assert {3, 128} <= lengths and 10 < padded < len(batches) - 100
+
+
+def test_int8_shrinks_embeddings_too(save_tiny, tmp_path):
+    """Of this model 97% are embeddings: were they left in fp32, the file would hardly shrink."""
+    [model] = bench.load_models(bench_args(save_tiny("model")), None)
+    assert model.size["without_embeddings"] < 0.03 * model.size["parameters"]
+    bench.export(model, tmp_path)
+    fp32, int8 = [(tmp_path / file).stat().st_size for file in ("model.onnx", "model_int8.onnx")]
+    assert fp32 > 4 * model.size["parameters"]
+    assert int8 < 0.35 * fp32
+
+
+def bench_args(model):
+    return bench.parse_args(["--teacher_id", model, "--lengths", "8", "--threads", "1"])
+
+
+def test_onnx_rows(run, save_tiny, reviews_folder, capsys):
+    """One student's classes stand in the other order: the file keeps it, the scores do not see it."""
+    teacher = save_tiny("teacher", classes=("negative", "positive"))
+    student = swap_classes(teacher, "swapped")
+    data_set = ["--dataset_id", reviews_folder, "--lengths", "real,8", "--batch_sizes", "1,3"]
+    run("--teacher_id", teacher, "--student_id", student, *data_set, "--onnx")
+    output = capsys.readouterr().out
+    results = json.loads(Path("bench.json").read_text())
+    assert results["versions"]["onnxruntime"] in output and len(results["cells"]) == 4 * 6
+    rows = {(row["name"], row["precision"], row["runtime"]): row for row in results["models"]}
+    for name in (teacher, student):
+        eager, fp32, int8 = [
+            rows[name, *kind] for kind in (("fp32", "PyTorch"), ("fp32", "ONNX Runtime"), ("int8", "ONNX Runtime"))
+        ]
+        for key in ("accuracy", "macro_f1", "agreement"):
+            assert fp32[key] == eager[key]
+        assert fp32["loss"] == pytest.approx(eager["loss"], rel=1e-4)
+        assert 0.7 < int8["agreement_with_fp32"] <= 1 and f"{int8['agreement_with_fp32']:.1%}" in output
+        assert "agreement_with_fp32" not in fp32
+        for row, file in ((fp32, "model.onnx"), (int8, "model_int8.onnx")):
+            assert row["disk_bytes"] == Path(name, "onnx", file).stat().st_size
+        teacher_p50 = rows[teacher, "fp32", "PyTorch"]["model"]["p50_ms"]
+        assert int8["speed_up"] == pytest.approx(teacher_p50 / int8["model"]["p50_ms"])
+        assert int8["memory_bytes"] is None
+        assert sorted(os.listdir(Path(name, "onnx"))) == ["model.onnx", "model_int8.onnx"]
+    texts = bench.encode(distill.load_model(teacher)[1], [["a fine film", "dull"]], 64)
+    ours, theirs = [bench.open_session(f"{name}/onnx/model.onnx", 1)(**texts) for name in (teacher, student)]
+    torch.testing.assert_close(ours, theirs)  # the student is a copy of the teacher that names its outputs otherwise
+
+
+def test_a_model_that_cannot_be_exported_loses_its_rows_alone(run, save_tiny, monkeypatch, capsys):
+    export = torch.onnx.export
+
+    def fail(network, **options):
+        if network.config.model_type == "distilbert":
+            raise torch.onnx.errors.OnnxExporterError("no such operator\nand a long story")
+        return export(network, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    student = save_tiny("student", **DISTILBERT)
+    run("--teacher_id", save_tiny("teacher"), "--student_id", student, "--lengths", 8, "--batch_sizes", 1, "--onnx")
+    output = capsys.readouterr().out
+    assert f"note: {student} is not measured in ONNX Runtime: no such operator and a long story" in output
+    names = [row["name"] for row in json.loads(output.splitlines()[-1])["models"]]
+    assert [names.count(name) for name in (names[0], student)] == [3, 1]
+    assert not Path(student, "onnx").exists()
+
+
+def test_onnx_ends_with_a_line(fails, save_tiny, monkeypatch):
+    model = save_tiny("model")
+    flags = ["--teacher_id", model, "--lengths", 8, "--batch_sizes", 1, "--onnx"]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        assert "pip install onnx onnxscript onnxruntime" in fails(*flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "choose_device", lambda: torch.device("cuda"))
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "test GPU")
+        assert "--device cpu" in fails(*flags, "--device", "auto")
+    open_session = bench.open_session
+    monkeypatch.setattr(bench, "open_session", lambda *a: lambda **inputs: open_session(*a)(**inputs) + 0.01)
+    assert "differ from PyTorch's by 0.01" in fails(*flags)
+    assert not Path("bench.json").exists() and not Path(model, "onnx").exists()
 
 
 # Errors
