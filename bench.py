@@ -330,10 +330,10 @@ def report(rows, cells, versions, args):
     where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
     headlines = []
     for row in rows:
-        shown_above = variant(row) in (variant(rows[0]), "int8, ONNX Runtime")
-        if row["name"] != args.teacher_id and shown_above and row.get("speed_up"):
+        headline = variant(row) in (variant(rows[0]), "int8, ONNX Runtime")
+        if row["name"] != args.teacher_id and headline and row.get("speed_up"):
             ratio = f"{row['speed_up']:.2f} times as fast as {args.teacher_id}"
-            headlines.append(f"**{row['name']} is {ratio}** ({where}, {variant(row)}).")
+            headlines.append(f"**{row['name']} in {variant(row)} is {ratio} in {variant(rows[0])}** ({where}).")
     memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
     notes = [
         f"p50: median at {where}, each batch padded to its longest text. "
@@ -351,7 +351,8 @@ def report(rows, cells, versions, args):
             share = f"{row['agreement_with_fp32']:.1%} of its answers in fp32"
             notes.append(f"ONNX Runtime: in int8 {row['name']} gives {share}.")
     notes.append(
-        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads), "
+        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads, load average {args.load:.1f} "
+        f"before the start), "
         f"{', '.join(f'{package} {version}' for package, version in versions.items())}: `{args.command}`"
     )
     notes = "\n".join(f"- {note}" for note in notes)
@@ -676,6 +677,7 @@ def main(argv=None):
         check_before_start(args)
         args.device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
         args.device_name = device_name(args.device)
+        args.load = os.getloadavg()[0]  # processes that compete for the CPUs: they spoil all figures, PyTorch's most
         check_device(args)
         with distill.process_group(args.device):
             run(args)

@@ -260,7 +260,7 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
         "model | precision | batch | tokens | p50 ms | p90 ms | p99 ms | calls | examples/s | speed-up"
         " | tokenizer p50 ms | both p50 ms",
     ]
-    for stated in ("batch 2, real lengths", "test CPU (cpu, 1 CPU threads)", torch.__version__):
+    for stated in ("batch 2, real lengths", "test CPU (cpu, 1 CPU threads, load average ", torch.__version__):
         assert stated in markdown
     assert card.read_text() == f"# Teacher\n\n<!-- bench -->\n{markdown}\n<!-- /bench -->\n"
 
