@@ -145,11 +145,14 @@ def parse_args(argv=None):
 
 
 def run(args, device):
-    """Turn text and two models into a scored student in output_dir. Raises UserError."""
+    """Turn text and two models into a scored student in output_dir. Raises UserError.
+
+    Every process runs this. There always is a process group: without torchrun, of one process.
+    """
     args.precision = choose_precision(args.precision, device)
     from_rank0(lambda: check_before_start(args, device))
 
-    # 1. Rank 0 reads data and models and sends them to all. From here on tokens and labels live on the device.
+    # 1. Rank 0 reads data and models, and all receive what it read, or its error. Tokens and labels go to the device.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS)
     check_batches(args, task.labels)
     identity = identity_of(args, task, device)
@@ -167,7 +170,7 @@ def run(args, device):
     if args.teacher_epochs:
         teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
         teacher_digest = model_digest(teacher)
-        if args.student_id == "teacher":
+        if args.student_id == "teacher":  # read_task() has made it of the teacher as it was
             student.load_state_dict(keep_layers(teacher, student.config.num_hidden_layers).state_dict())
     start = time.perf_counter()
     teacher_logits, soft_targets = label(args, teacher, teacher_digest, teacher_tokens)
@@ -213,9 +216,10 @@ def run(args, device):
 
 
 def label(args, teacher, teacher_digest, tokens):
-    """Let the teacher label every example, once: later runs take the labels from a cache on disk.
+    """Let the teacher label every example once, or training examples in every step where --cache_teacher is false.
 
-    Each split is cached under a key of everything that its logits depend on: weights, tokens and precision.
+    Later runs take the labels from a cache on disk. Each split is cached under a key of everything that its logits
+    depend on: the teacher's weights and configuration, the tokens and the precision, but not alpha or temperature.
 
     Returns:
         (teacher_logits, soft_targets). teacher_logits: role -> the teacher's logits for a whole split, [N, C] float32.
@@ -236,7 +240,8 @@ def label(args, teacher, teacher_digest, tokens):
         logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
     if missing and args.cache_teacher:
         from_rank0(lambda: write_cache(path, keys, logits))
-    teacher.requires_grad_(False)  # Only now: autocast caches half-precision copies only of weights that require grad
+    # Only now: in predict(), autocast keeps its half-precision copies of weights only where these require grad.
+    teacher.requires_grad_(False)
     teacher_logits = {role: logits[role].to(tokens[role].ids.device) for role in roles}
     if not teaches:
         return teacher_logits, None
@@ -247,7 +252,8 @@ def label(args, teacher, teacher_digest, tokens):
 
 @torch.no_grad()
 def ask(teacher, tokens, precision, part, rows):
-    """The teacher's logits for a part of a training batch, computed on the spot."""
+    """The teacher's logits for a rank's part of a batch, computed on the spot; label() has left it in eval mode."""
+    # `part` has the same row numbers as `rows`, on the host, where the lengths are: nothing waits for the GPU.
     with autocast(rows.device, precision):
         return forward(teacher, tokens.gather(rows, tokens.lengths[part])).float()
 
@@ -268,11 +274,10 @@ def predict(model, tokens, precision, description="predicting"):
     world_size = dist.get_world_size()
     batches = batches[dist.get_rank() :: world_size]
     logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
-    progress = progress_bar(len(tokens), description)
-    with autocast(device, precision), progress:
+    with autocast(device, precision), progress_bar(len(tokens), description) as bar:
         for rows, inputs in tokens.batches(batches):
             logits[rows] = forward(model, inputs).float()
-            progress.update(len(rows) * world_size)  # the other ranks are about as far along
+            bar.update(len(rows) * world_size)  # the other ranks are about as far along
     dist.all_reduce(logits)  # every row is zero on all ranks but one
     return logits
 
@@ -283,7 +288,7 @@ PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 
 
 def forward(model, inputs):
-    """The model's logits [B, C] for what Tokens.batches yields."""
+    """The model's logits [B, C] for the inputs that Tokens.gather returns; without padding there is no mask."""
     mask = inputs.get("attention_mask")
     if mask is not None:
         config = getattr(model, "module", model).config  # DDP wraps the model
@@ -302,8 +307,8 @@ def additive_mask(inside, model):
     share their memory.
     """
     device = inside.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else next(model.parameters()).dtype
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else next(model.parameters()).dtype
     mask = torch.full_like(inside, -math.inf, dtype=dtype).masked_fill(inside, 0)
     return mask[:, None, None, :].expand(-1, 1, inside.shape[1], -1)
 
@@ -352,7 +357,7 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, exam
         the part's [total, hard, soft] losses, left on the device: reading them here would make the host wait.
     """
     with autocast(labels.device, args.precision):
-        logits = forward(model, inputs)
+        logits = forward(model, inputs)  # in half precision, unless --precision fp32; the loss computes in float32
     loss, hard, soft = distillation_loss(
         logits, teacher_logits, labels, args.alpha, args.temperature, example_count=example_count
     )
@@ -360,7 +365,7 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, exam
     scaler.scale(loss * dist.get_world_size()).backward()
     scaler.unscale_(optimizer)  # so that gradients are clipped at their true size
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    scaler.step(optimizer)  # skipped by the scaler where a gradient overflowed in fp16
+    scaler.step(optimizer)  # where a gradient overflowed in fp16, the fused kernel changes nothing: no host is asked
     scaler.update()
     optimizer.zero_grad()
     return torch.stack([loss.detach(), hard, soft])
@@ -459,7 +464,7 @@ def train(
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     progress = restore(checkpoint, stage, model, optimizer, scaler)
-    start -= progress.seconds
+    start -= progress.seconds  # as if what a killed run had done were just over
     metrics = Metrics(args.output_dir, args.report_to, progress)
     meter = LossMeter(device)
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
@@ -603,7 +608,7 @@ def read_task(args):
         teacher_tokens=accepted_by(teacher, tokens[0]),
         student=student,
         student_tokenizer=student_tokenizer,
-        student_tokens=accepted_by(student, tokens[-1]),
+        student_tokens=accepted_by(student, tokens[-1]),  # its own, or the teacher's
     )
 
 
