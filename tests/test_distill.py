@@ -1085,11 +1085,14 @@ def test_too_few_gpus_are_told_before_any_process_connects(monkeypatch, capsys):
 
 def test_little_work_for_each_gpu_is_noted(command, capsys, monkeypatch):
     args = distill.parse_args(command("run", batch_size=130))
+    noted = []
     with distill.process_group(torch.device("cpu")):
-        for world_size, device, noted in ((2, "cuda", False), (3, "cuda", True), (3, "cpu", False)):
+        for world_size, device in ((2, "cuda"), (3, "cuda"), (3, "cpu")):
             monkeypatch.setattr(torch.distributed, "get_world_size", lambda size=world_size: size)
             distill.check_before_start(args, torch.device(device))
-            assert ("note: 43 examples a step for each GPU" in capsys.readouterr().out) is noted
+            noted.append("note: with 43 examples per step, each GPU" in capsys.readouterr().out)
+        monkeypatch.undo()
+    assert noted == [False, True, False]
 
 
 WAIT_FOR_RANK_0 = """
