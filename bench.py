@@ -566,6 +566,8 @@ def open_session(path, threads):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # By default a session's threads keep spinning after a call, on cores that the model whose turn is next needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def network(**inputs):
