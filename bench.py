@@ -330,14 +330,16 @@ def report(rows, cells, versions, args):
     where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
     headlines = []
     for row in rows:
-        headline = variant(row) in (variant(rows[0]), "int8, ONNX Runtime")
+        headline = variant_name(row) in (variant_name(rows[0]), "int8, ONNX Runtime")
         if row["name"] != args.teacher_id and headline and row.get("speed_up"):
             ratio = f"{row['speed_up']:.2f} times as fast as {args.teacher_id}"
-            headlines.append(f"**{row['name']} in {variant(row)} is {ratio} in {variant(rows[0])}** ({where}).")
+            headlines.append(
+                f"**{row['name']} in {variant_name(row)} is {ratio} in {variant_name(rows[0])}** ({where})."
+            )
     memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
     notes = [
         f"p50: median at {where}, each batch padded to its longest text. "
-        f"Speed-up: over {args.teacher_id} in {variant(rows[0])}.",
+        f"Speed-up: over {args.teacher_id} in {variant_name(rows[0])}.",
         f"Memory: {memory}. Embeddings are only looked up: they take memory, but hardly any time.",
     ]
     if args.dataset_id:
@@ -364,7 +366,7 @@ def report(rows, cells, versions, args):
 def model_columns(row):
     columns = {
         "model": row["name"],
-        "precision": variant(row),
+        "precision": variant_name(row),
         "parameters": shown(row["parameters"], ",.0f"),
         "without embeddings": shown(row["without_embeddings"], ",.0f"),
         "disk MB": shown(row["disk_bytes"], ",.1f", 1e6),
@@ -386,7 +388,7 @@ def cell_columns(cell, args):
     timed = cell["model"]
     columns = {
         "model": cell["name"],
-        "precision": variant(cell),
+        "precision": variant_name(cell),
         "batch": str(cell["batch_size"]),
         "tokens": str(cell["length"]),
         "p50 ms": timed.get("error") or shown(timed["p50_ms"]),
@@ -402,7 +404,7 @@ def cell_columns(cell, args):
     return columns
 
 
-def variant(row):
+def variant_name(row):
     return row["precision"] if row["runtime"] == "PyTorch" else f"{row['precision']}, {row['runtime']}"
 
 
@@ -443,7 +445,7 @@ def load_models(args, class_names):
     for name in (args.teacher_id, *args.student_id):
         model, tokenizer = distill.load_model(name)
         accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
+        tokenizer.model_input_names = [each for each in tokenizer.model_input_names if each in accepted]
         own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
         class_names = class_names or own_names
         # Both ways round: without a data set it may be the teacher whose classes are only called LABEL_0, LABEL_1.
