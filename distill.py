@@ -528,6 +528,7 @@ def train(
         save()
         if after_epoch:
             after_epoch(epoch + 1, scores)
+    metrics.close()
 
     model.load_state_dict(progress.best["weights"])
     # Saved again, since a run that continues on a new machine may have found the folder empty.
@@ -700,13 +701,14 @@ def keep_layers(model, count):
     stacks = [
         module for module in smaller.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == total
     ]
-    for stack in stacks[:1]:  # the encoder's; ALBERT has none, since its layers share one set of weights
-        chosen = [stack[i] for i in kept]
-        del stack[:]
-        stack.extend(chosen)
-    # Built anew, for what depends on a layer's number, such as ModernBERT's first norm: as loading will build it.
+    if stacks:  # the encoder's comes first; ALBERT has none, since its layers share one set of weights
+        chosen = [stacks[0][i] for i in kept]
+        del stacks[0][:]
+        stacks[0].extend(chosen)
+    # Built anew, as loading will build it: ModernBERT's first layer, for example, has no norm that the others have.
+    weights = smaller.state_dict()
     fresh = AutoModelForSequenceClassification.from_config(config)
-    fresh.load_state_dict(smaller.state_dict(), strict=False)
+    fresh.load_state_dict({name: weights[name] for name in fresh.state_dict()})
     return fresh.eval()
 
 
@@ -1096,7 +1098,11 @@ def write_model_card(args, results):
     dataset = hub_id(args.dataset_id, DEMO_DATASET)
     splits = {"eval": args.eval_split, "test": args.test_split}
     student, teacher = results["student"], results["teacher"]
-    roles = [role for role in splits if f"{role}_accuracy" in student]
+    measures = []  # role, key in the results, type of metric on the Hub, name
+    for role in splits:
+        if f"{role}_accuracy" in student:
+            measures.append((role, f"{role}_accuracy", "accuracy", "accuracy"))
+            measures.append((role, f"{role}_macro_f1", "f1", "macro-F1"))
     card_data = huggingface_hub.ModelCardData(
         model_name=args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)),
         base_model=base_model,
@@ -1112,18 +1118,15 @@ def write_model_card(args, results):
                 dataset_name=dataset or os.path.basename(args.dataset_id.rstrip("/")),
                 dataset_config=args.dataset_config,
                 dataset_split=splits[role],
-                metric_type=metric,
+                metric_type=kind,
                 metric_name=name,
-                metric_value=student[f"{role}_{measure}"],
+                metric_value=student[key],
             )
-            for role in roles
-            for metric, name, measure in (("accuracy", "accuracy", "accuracy"), ("f1", "macro-F1", "macro_f1"))
+            for role, key, kind, name in measures
         ],
     )
-    measures = [f"{role}_{measure}" for role in roles for measure in ("accuracy", "macro_f1")]
-    header = [f"{measure} on {splits[role]}" for role in roles for measure in ("accuracy", "macro-F1")]
     rows = [
-        f"| {who} | {row['parameters']:,} | " + " | ".join(f"{row[measure]:.4f}" for measure in measures) + " |"
+        f"| {who} | {row['parameters']:,} | " + " | ".join(f"{row[key]:.4f}" for _, key, _, _ in measures) + " |"
         for who, row in (("teacher", teacher), ("student", student))
     ]
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
@@ -1140,8 +1143,8 @@ A text classifier ({", ".join(results["classes"])}), trained by knowledge distil
 {hub_id(args.teacher_id, DEMO_MODEL) or "a local model"}{", fine-tuned first" if args.teacher_epochs else ""}.
 {unlabeled}
 
-| | parameters | {" | ".join(header)} |
-|---|---|{"---|" * len(header)}
+| | parameters | {" | ".join(f"{name} on {splits[role]}" for role, _, _, name in measures)} |
+|---|---|{"---|" * len(measures)}
 {chr(10).join(rows)}
 
 It gives the teacher's answer on {student["eval_agreement"]:.1%} of {args.eval_split}.
@@ -1371,6 +1374,10 @@ class Metrics:
                     if name not in ("step", "epoch") and value is not None:
                         self.board.add_scalar(name, value, step)
                 self.board.flush()
+
+    def close(self):
+        if self.board:
+            self.board.close()  # ends its thread; a search has one for every trial
 
 
 def summary_writer():
