@@ -113,7 +113,7 @@ def main(argv=None):
     if args.tried:
         rows |= {f"tried-{title}": (title, {**ROWS["some-teacher"][1], **flags}, 3) for title, flags in TRIED.items()}
 
-    with distill.process_group(torch.device("cpu")):
+    with distill.process_group(distill.choose_device()):
         distilled = run(TEACHER, {"epochs": 1})
         for layers in ([0, 1], [0, 3], [0, 5]):
             save_layers(layers)
@@ -188,10 +188,12 @@ def label_once(flags):
     words = [f"--{name}={flags[name]}" for name in ("unlabeled_id", "unlabeled_split") if name in flags]
     command = ["--demo", "--teacher_epochs=0", f"--teacher_id={TEACHER}/teacher", f"--output_dir={folder}", *words]
     args = distill.parse_args(command)
-    args.precision = distill.choose_precision(args.precision, torch.device("cpu"))
+    device = distill.choose_device()
+    args.precision = distill.choose_precision(args.precision, device)
     print(f"labelling for {folder}", flush=True)
     task = distill.read_task(args)
-    distill.label(args, task.teacher, distill.model_digest(task.teacher), task.teacher_tokens)
+    tokens = {role: split.to(device) for role, split in task.teacher_tokens.items()}
+    distill.label(args, task.teacher.to(device), distill.model_digest(task.teacher), tokens)
 
 
 def save_layers(layers):
@@ -242,7 +244,7 @@ def run_all(rows, seeds, pool):
 
 
 def train_size(flags):
-    return LABELLED + int(flags.get("unlabeled_split", "0").strip("train[:]"))
+    return LABELLED + int(re.sub(r"\D", "", flags.get("unlabeled_split", "0")))
 
 
 def scored_run(folder, flags):
@@ -261,11 +263,12 @@ def answers(folder):
             model, tokenizer = distill.load_model(folder)
             splits, _ = data.load_splits("demo", None, {"train": "train", "eval": "validation", "test": "test"})
             texts = {"test": splits["test"].texts, "held_out": data.read_demo_unlabeled(f"train[-{HELD_OUT}:]")}
-            precision = distill.choose_precision("auto", torch.device("cpu"))
-            found = {
-                role: distill.predict(model, data.tokenize(tokenizer, texts[role], 512), precision).argmax(-1)
-                for role in texts
-            }
+            device = distill.choose_device()
+            precision = distill.choose_precision("auto", device)
+            found = {}
+            for role in texts:
+                tokens = data.tokenize(tokenizer, texts[role], 512).to(device)
+                found[role] = distill.predict(model.to(device), tokens, precision).argmax(-1).cpu()
             found["test_labels"] = splits["test"].labels
             with distill.complete_file(path) as temporary:
                 safetensors.torch.save_file(found, temporary)
@@ -307,12 +310,12 @@ def share_of_teacher(right, teacher_right):
         right: [seeds, sentences] bool, which sentences each seed's student answers right.
         teacher_right: [sentences] bool.
     """
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     seeds, sentences = right.shape
     shares = []
     for _ in range(10_000):
-        drawn = random.integers(sentences, size=sentences)
-        students = right[random.integers(seeds, size=seeds)]
+        drawn = generator.integers(sentences, size=sentences)
+        students = right[generator.integers(seeds, size=seeds)]
         shares.append(100 * students[:, drawn].mean() / teacher_right[drawn].mean())
     return 100 * right.mean() / teacher_right.mean(), *np.percentile(shares, (2.5, 97.5))
 
