@@ -61,7 +61,7 @@ ROWS = {
     "patient-alone": ("labels alone, patient", {"epochs": 75, "alpha": 1.0, **PATIENT}, 3),
     "patient-100k": (
         "teacher alone (alpha 0, T 2) on 100,000 sentences, patient",
-        text(100_000, 4, **TEACHER_ALONE, **PATIENT),
+        text(100_000, 2, **TEACHER_ALONE, **PATIENT),
         3,
     ),
     "patient": (
