@@ -14,7 +14,6 @@ import datetime
 import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -26,6 +25,7 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -173,11 +173,11 @@ def run(args, device):
         if args.student_id == "teacher":  # read_task() has made it of the teacher as it was
             student.load_state_dict(keep_layers(teacher, student.config.num_hidden_layers).state_dict())
     start = time.perf_counter()
-    teacher_logits, soft_targets = label(args, teacher, teacher_digest, teacher_tokens)
+    teacher_logits, ask_teacher = label(args, teacher, teacher_digest, teacher_tokens)
     seconds = {"labelling": time.perf_counter() - start}
     teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in labels if role != "train"}
     report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
-    teacher = task.teacher = None  # frees its memory for the student, unless soft_targets still runs it
+    teacher = task.teacher = None  # frees its memory for the student, unless ask_teacher still runs it
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -188,7 +188,7 @@ def run(args, device):
         tokenizer=task.student_tokenizer,
         tokens=tokens,
         labels=labels,
-        soft_targets=soft_targets,
+        ask_teacher=ask_teacher,
         teacher_logits=teacher_logits,
     )
     trials = None
@@ -222,8 +222,8 @@ def label(args, teacher, teacher_digest, tokens):
     depend on: the teacher's weights and configuration, the tokens and the precision, but not alpha or temperature.
 
     Returns:
-        (teacher_logits, soft_targets). teacher_logits: role -> the teacher's logits for a whole split, [N, C] float32.
-        soft_targets: a function that takes a rank's part of a batch, as row numbers on the host and on the device, and
+        (teacher_logits, ask_teacher). teacher_logits: role -> the teacher's logits for a whole split, [N, C] float32.
+        ask_teacher: a function that takes a rank's part of a batch, as row numbers on the host and on the device, and
         returns the teacher's logits for it. It looks them up, or with --cache_teacher false, the textbook form, runs
         the teacher. None where the teacher does not teach (--alpha 1).
     """
@@ -247,11 +247,11 @@ def label(args, teacher, teacher_digest, tokens):
         return teacher_logits, None
     if args.cache_teacher:
         return teacher_logits, lambda part, rows: teacher_logits["train"][rows]
-    return teacher_logits, functools.partial(ask, teacher, tokens["train"], args.precision)
+    return teacher_logits, functools.partial(run_teacher, teacher, tokens["train"], args.precision)
 
 
 @torch.no_grad()
-def ask(teacher, tokens, precision, part, rows):
+def run_teacher(teacher, tokens, precision, part, rows):
     """The teacher's logits for a rank's part of a batch, computed on the spot; label() has left it in eval mode."""
     # `part` has the same row numbers as `rows`, on the host, where the lengths are: nothing waits for the GPU.
     with autocast(rows.device, precision):
@@ -280,37 +280,6 @@ def predict(model, tokens, precision, description="predicting"):
             bar.update(len(rows) * world_size)  # the other ranks are about as far along
     dist.all_reduce(logits)  # every row is zero on all ranks but one
     return logits
-
-
-# These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
-# in every step.
-PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
-
-
-def forward(model, inputs):
-    """The model's logits [B, C] for the inputs that Tokens.gather returns; without padding there is no mask."""
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        config = getattr(model, "module", model).config  # DDP wraps the model
-        if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
-            mask = additive_mask(mask, model)
-        else:
-            mask = mask.long()
-        inputs = {**inputs, "attention_mask": mask}
-    return model(**inputs).logits
-
-
-def additive_mask(inside, model):
-    """Turn a [B, L] mask, True at tokens, into what is added to attention scores: [B, 1, L, L], −∞ at padding, else 0.
-
-    Given the boolean mask, scaled_dot_product_attention would convert it again in every layer. The L rows of an example
-    share their memory.
-    """
-    device = inside.device.type
-    enabled = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if enabled else next(model.parameters()).dtype
-    mask = torch.full_like(inside, -math.inf, dtype=dtype).masked_fill(inside, 0)
-    return mask[:, None, None, :].expand(-1, 1, inside.shape[1], -1)
 
 
 def score(logits, labels, teacher_logits=None):
@@ -433,7 +402,7 @@ def train(
     tokenizer,
     tokens,
     labels,
-    soft_targets=None,
+    ask_teacher=None,
     teacher_logits=None,
     checkpoint=None,
     after_epoch=None,
@@ -444,7 +413,7 @@ def train(
         args: the command line, with this training's epochs, learning_rate, alpha, temperature and output_dir.
         stage: "teacher", "student" or, say, "trial 3": names the training in messages and in the checkpoint.
         tokens, labels: by role, on the device.
-        soft_targets, teacher_logits: what label() returned; None without a teacher.
+        ask_teacher, teacher_logits: what label() returned; None without a teacher.
         checkpoint: the Checkpoint to continue from and to write to, if any.
         after_epoch: called with the epoch's number, from 1, and its scores.
 
@@ -489,9 +458,9 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(progress.step, steps, args)
                 torch.manual_seed(step_seed(args.seed, progress.step, rank))
-                targets = soft_targets(part, rows) if soft_targets else None
+                soft_targets = ask_teacher(part, rows) if ask_teacher else None
                 losses = training_step(
-                    wrapped, optimizer, scaler, inputs, labels["train"][rows], targets, len(whole), args
+                    wrapped, optimizer, scaler, inputs, labels["train"][rows], soft_targets, len(whole), args
                 )
                 meter.add(losses, len(whole))
                 progress.step += 1
@@ -517,7 +486,7 @@ def train(
         best = progress.best["scores"] if progress.best else None
         better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
         say(
-            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {epoch_loss(metrics.rows, epoch, steps_per_epoch):.4f}; "
+            f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {metrics.epoch_loss(epoch + 1, steps_per_epoch):.4f}; "
             + ", ".join(f"eval {name} {scores[name]:.4f}" for name in scores)
             + (" (best so far)" if better else "")
         )
@@ -535,16 +504,6 @@ def train(
     from_rank0(lambda: save_model(args.output_dir, model, tokenizer))
     progress.seconds = time.perf_counter() - start
     return progress
-
-
-def epoch_loss(rows, epoch, steps_per_epoch):
-    """An epoch's mean training loss, from its rows in metrics.jsonl, each the mean since the row before it."""
-    total, step = 0.0, epoch * steps_per_epoch
-    for row in rows:
-        if "loss" in row and row["epoch"] == epoch + 1:
-            total += row["loss"] * (row["step"] - step)
-            step = row["step"]
-    return total / steps_per_epoch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -778,6 +737,37 @@ def parameter_count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+# These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
+# in every step.
+PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+
+def forward(model, inputs):
+    """The model's logits [B, C] for the inputs that Tokens.gather returns; without padding there is no mask."""
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        config = getattr(model, "module", model).config  # DDP wraps the model
+        if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
+            mask = additive_mask(mask, model)
+        else:
+            mask = mask.long()
+        inputs = {**inputs, "attention_mask": mask}
+    return model(**inputs).logits
+
+
+def additive_mask(inside, model):
+    """Turn a [B, L] mask, True at tokens, into what is added to attention scores: [B, 1, L, L], −∞ at padding, else 0.
+
+    Given the boolean mask, scaled_dot_product_attention would convert it again in every layer. The L rows of an example
+    share their memory.
+    """
+    device = inside.device.type
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else next(model.parameters()).dtype
+    mask = torch.full_like(inside, -math.inf, dtype=dtype).masked_fill(inside, 0)
+    return mask[:, None, None, :].expand(-1, 1, inside.shape[1], -1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuning the teacher
 
@@ -803,7 +793,7 @@ def fine_tune_teacher(args, task, teacher_digest, tokens, labels, checkpoint):
         say(f"teacher: fine-tuned already, in {folder}")
         return from_rank0(lambda: load_model(folder)[0])
     if on_main_rank():
-        remove(key_file)  # until it is written again, the folder holds no finished teacher
+        Path(key_file).unlink(missing_ok=True)  # until it is written again, the folder holds no finished teacher
     train(args, "teacher", task.teacher, task.teacher_tokenizer, tokens, labels, checkpoint=checkpoint)
     from_rank0(lambda: write_json(key_file, key))
     return task.teacher
@@ -914,7 +904,8 @@ def prepare_study(args, path, identity):
     Returns:
         (begun, remaining): how many trials it has so far, and how many are still to be completed.
     """
-    remove(path + ".lock")  # a process may have been killed while it wrote, and its last line may be incomplete
+    # A process may have been killed while it wrote, and its last line may be incomplete.
+    Path(path + ".lock").unlink(missing_ok=True)
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -1030,7 +1021,7 @@ def finish(args, task, scores, seconds, parameters, device, trials):
     write_json(os.path.join(args.output_dir, "results.json"), results)
     write_model_card(args, results)
     failure = push(args) if args.hub_model_id else None
-    remove(os.path.join(args.checkpoint_dir, "checkpoint.pt"))
+    Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)
     if trials:
         print_search(trials)
     print_table(results)
@@ -1375,6 +1366,15 @@ class Metrics:
                         self.board.add_scalar(name, value, step)
                 self.board.flush()
 
+    def epoch_loss(self, epoch, steps_per_epoch):
+        """The epoch's mean training loss; a row's loss is the mean of the steps since the row before it."""
+        total, step = 0.0, (epoch - 1) * steps_per_epoch
+        for row in self.rows:
+            if "loss" in row and row["epoch"] == epoch:
+                total += row["loss"] * (row["step"] - step)
+                step = row["step"]
+        return total / steps_per_epoch
+
     def close(self):
         if self.board:
             self.board.close()  # ends its thread; a search has one for every trial
@@ -1418,7 +1418,7 @@ def writing(path, temporary=None):
         if temporary and os.path.isdir(temporary):
             shutil.rmtree(temporary)
         elif temporary:
-            remove(temporary)
+            Path(temporary).unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 
@@ -1445,11 +1445,6 @@ def read_json(path):
         return None
     with open(path, encoding="utf-8") as file:
         return json.load(file)
-
-
-def remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1523,24 +1518,12 @@ def from_rank0(make, timeout=None):
         except UserError as error:
             answer = error
     if dist.get_world_size() > 1:
-        answer = broadcast(answer, group)
+        box = [answer]
+        dist.broadcast_object_list(box, 0, group)
+        [answer] = box
     if isinstance(answer, UserError):
         raise answer
     return answer
-
-
-def broadcast(value, group):
-    """Send any object of rank 0's to every rank; for a model, seconds faster than dist.broadcast_object_list."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    size = torch.tensor(file.tell())
-    dist.broadcast(size, 0, group)
-    if dist.get_rank() == 0:
-        dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0, group)
-        return value
-    content = torch.empty(size, dtype=torch.uint8)
-    dist.broadcast(content, 0, group)
-    return torch.load(io.BytesIO(content.numpy()), weights_only=False)
 
 
 def on_main_rank():

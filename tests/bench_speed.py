@@ -247,7 +247,7 @@ def loop_overhead(models, text, rounds=15):
                 None,
                 student_tokens,
                 {"train": labels, "eval": None},
-                soft_targets=lambda part, rows: logits[rows],
+                ask_teacher=lambda part, rows: logits[rows],
             ).seconds
 
         bare(), whole()  # warm up
