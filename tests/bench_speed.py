@@ -207,6 +207,15 @@ def parts_of_a_run(argv):
     print(json.dumps({"seconds": seconds, "peak": 1024 * peak}))
 
 
+def parts_of_runs(models, text, rounds):
+    """Rows of a table: the seconds of the parts of a run of 3 epochs, the longest first."""
+    runs = [ours(models, text, 3, parts=True)[1]["seconds"] for _ in range(rounds)]
+    seconds = {part: [run[part] for run in runs] for part in runs[0]}
+    medians = {part: statistics.median(seconds[part]) for part in seconds}
+    for part in sorted(medians, key=medians.get, reverse=True):
+        yield [part, median_and_range(seconds[part], 2), f"{medians[part] / sum(medians.values()):.1%}"]
+
+
 def loop_overhead(models, text, rounds=15):
     """An epoch of train() without evaluation and files, over its bare steps on batches in memory: ratios of seconds."""
     argv = ["--teacher_id", models[0], "--student_id", models[1], "--dataset_id", text, "--epochs", "1"]
@@ -336,10 +345,7 @@ def main(argv=None):
             pairs.append(pair)
     training, process = [table(header, rows) for rows in zip(*pairs, strict=True)]
 
-    seconds = ours(published, text, 3, parts=True)[1]["seconds"]
-    total = sum(seconds.values())
-    parts = sorted(seconds.items(), key=lambda part: -part[1])
-    parts = table(["part", "s", "share"], [[name, f"{s:.2f}", f"{s / total:.1%}"] for name, s in parts])
+    parts = table(["part", "s", "share of the medians"], parts_of_runs(published, text, args.rounds))
     ranks = "one GPU only"
     if not ON_GPU or torch.cuda.device_count() > 1:
         ranks = table(["", "1 rank s", "2 ranks s", "times as fast"], two_ranks(published, text, args.rounds))
@@ -392,7 +398,7 @@ Seconds of the whole process:
 
 {process}
 
-Where the time goes, {PUBLISHED}, 3 epochs, one run:
+Where the time goes, {PUBLISHED}, 3 epochs, median and range of {args.rounds} runs:
 
 {parts}
 
