@@ -46,7 +46,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_args(argv=None):
-    """The command line as a namespace. What is wrong with it ends the program: one line on stderr, exit code 2."""
+    """Parse the command line. An error ends the program: one line on stderr, exit code 2."""
     parser = argparse.ArgumentParser(
         description="Measure the size, latency and accuracy of a teacher and its students.",
         formatter_class=distill.DefaultsFormatter,
@@ -73,11 +73,11 @@ def parse_args(argv=None):
         help="the demo's test split, and the models that the demo leaves in ./outputs",
     )
     # The grid of measurements; the headline is the first of each list
-    add("--batch_sizes", type=list_of(distill.at_least(int, 1)), default=[1, 8, 32, 128], help="examples a batch")
+    add("--batch_sizes", type=list_of(distill.at_least(int, 1)), default=[1, 8, 32, 128], help="examples per batch")
     add(
         "--lengths",
         type=list_of(length),
-        help="tokens an example; real: the data's own (default: real, if there is data, then 16,64,128)",
+        help="tokens per example; real: the data's own (default: real, if there is data, then 16,64,128)",
     )
     add("--precision", type=list_of(precision_name), default=["fp32"], help="of the weights: fp32, bf16, fp16")
     add("--compile", **boolean, default=False, help="measure every model under torch.compile, too")
@@ -191,7 +191,7 @@ def compiled(variant):
 def measure_cell(variants, texts, size, args):
     """Measure one cell of the grid, whose batches are `texts`: a dictionary for each variant.
 
-    "model", "tokenizer" and "both" hold what describe() gives for the model alone, for the way from text to padded
+    "model", "tokenizer" and "both" hold what describe() gives for the model alone, for turning text into padded
     tensors on the device, and for both together; the last two only where the texts are real.
     """
     max_length = args.max_length if size == "real" else size
@@ -255,7 +255,7 @@ def measure(calls, batches, min_run_time, threads):
                 timer = Timer("call(batch)", globals={"call": calls[name], "batch": batch}, num_threads=threads)
                 try:
                     times[name].append(timer.timeit(1).median)
-                except RuntimeError as error:  # the CPU's allocator raises no kind of its own
+                except RuntimeError as error:  # the CPU's allocator raises a plain RuntimeError
                     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                         raise
                     del times[name]
@@ -345,13 +345,13 @@ def report(rows, cells, versions, args):
     if args.dataset_id:
         notes += [
             f"Accuracy: on the {args.eval_split} split of {args.dataset_id}, with Wilson's 95% interval.",
-            "Agreement: share of the teacher's answers. Alone right: examples that only this model : only the teacher "
-            "got right; p: McNemar's exact test.",
+            "Agreement: share of answers equal to the teacher's. Alone right: examples that only this model : only the "
+            "teacher got right; p: McNemar's exact test.",
         ]
     for row in rows:
         if "agreement_with_fp32" in row:
-            share = f"{row['agreement_with_fp32']:.1%} of its answers in fp32"
-            notes.append(f"ONNX Runtime: in int8 {row['name']} gives {share}.")
+            share = f"{row['agreement_with_fp32']:.1%} of the examples"
+            notes.append(f"ONNX Runtime: {row['name']} gives the same answer in int8 as in fp32 on {share}.")
     notes.append(
         f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads, load average {args.load:.1f} "
         f"before the start), "
@@ -595,7 +595,7 @@ def onnx_folder(model, output):
     """The folder of a model's ONNX files, made if need be: in the model's own folder, or for a Hub id beside output."""
     folder = os.path.expanduser(model.name)
     if model.name == "demo" or not os.path.isdir(folder):
-        # Not plainly under its id, where transformers would from now on take this folder for the model itself.
+        # Not in a folder named like the id: from then on transformers would load it in place of the Hub's model.
         folder = os.path.join(os.path.dirname(output), "onnx_models", model.name)
         model.loaded.config.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """Text in, token tensors out: load, check, tokenise, bucket, pad.
 
-It knows nothing of processes and ranks, and of the command line only the flags that its error messages name.
+It knows nothing of processes, ranks and the command line, except that its error messages name flags.
 """
 
 import contextlib
@@ -264,7 +264,7 @@ def label_ids(values, class_names, is_class_label, where):
 
 
 def normalized(texts):
-    """Yield each example's one or two texts without differences in case and spacing, which a reader overlooks."""
+    """Yield each example's one or two texts with case and spacing normalised, so that near-duplicates compare equal."""
     for start in range(0, len(texts), CHUNK):
         for example in zip(*texts[start : start + CHUNK].values(), strict=True):
             yield tuple(normalize(text or "") for text in example)
@@ -321,7 +321,7 @@ class Tokens:
     def to(self, device):
         """A copy on the device, so that batches are built there and only row numbers are transferred."""
         type_ids = None if self.type_ids is None else self.type_ids.to(device)
-        # A GPU's attention kernels take mask rows in multiples of 8; any other mask is copied in every layer.
+        # GPU attention kernels need mask rows of a length divisible by 8; any other mask is copied in every layer.
         multiple = 8 if torch.device(device).type == "cuda" else 1
         ids, offsets = self.ids.to(device), self.offsets.to(device)
         return replace(self, ids=ids, type_ids=type_ids, offsets=offsets, multiple=multiple)

