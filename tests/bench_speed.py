@@ -1,7 +1,8 @@
 """How fast distill.py is beside the published Trainer, where its time goes, and how it grows with the data.
 
-    python tests/bench_speed.py           # measure; leave the machine alone meanwhile
-    python tests/bench_speed.py --draw    # redraw the picture from README's table
+    python tests/bench_speed.py                # measure; leave the machine alone meanwhile
+    python tests/bench_speed.py --latencies    # only what bench.py --onnx measures for the published pair
+    python tests/bench_speed.py --draw         # only redraw the picture from README's table
 
 The ways take turns on this machine, round after round, each run in a process of its own, with the same models, text,
 batch size and epochs. The models have the shapes of the published pair, with random weights, since speed does not
@@ -63,6 +64,11 @@ def save_bert(name, layers, width):
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_published():
+    """The folders of two models with the shapes of the published pair."""
+    return save_bert("bert-base", 12, 768), save_bert("bert-tiny", 2, 128)
 
 
 def save_demo(name, layers):
@@ -326,13 +332,16 @@ def main(argv=None):
     parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 400, help="sentences to train on")
     parser.add_argument("--rounds", type=int, default=3, help="how often each comparison is made")
     parser.add_argument("--sizes", default="5000,50000,500000", help="of the data sets that show how a run grows")
+    parser.add_argument("--latencies", action="store_true", help="only measure the published pair as bench.py does")
     parser.add_argument("--draw", action="store_true", help="only draw the picture, from README's table")
     args = parser.parse_args(argv)
     if args.draw:
         return draw()
     distill.quiet_libraries()
+    if args.latencies:
+        return latencies()
     text, sizes = save_text(args.examples), [int(size) for size in args.sizes.split(",")]
-    published = save_bert("bert-base", 12, 768), save_bert("bert-L2-H128", 2, 128)
+    published = save_published()
     demo = save_demo("minilm-6", 6), save_demo("minilm-2", 2)
     tiny = (save_bert("tiny", 1, 64),) * 2
     precision = distill.choose_precision("auto", distill.choose_device())
@@ -422,6 +431,19 @@ How time and memory grow with the data (teacher and student of one layer, 64 wid
     print(report)
     bench.put_into_card(report, README, "speed")
     draw()
+
+
+def latencies():
+    """Put into README what bench.py measures for the published pair's shapes, in PyTorch and ONNX Runtime."""
+    teacher, student = save_published()
+    output = os.path.join(OUTPUT, "bench.json")
+    flags = ["--batch_sizes", "1", "--lengths", "32", "--onnx", "--output", output]
+    bench.main(["--teacher_id", teacher, "--student_id", student, *flags])
+    rows = []
+    for row in distill.read_json(output)["models"]:
+        columns = bench.model_columns({**row, "name": os.path.basename(row["name"])})
+        rows.append({name: columns[name] for name in ("model", "precision", "disk MB", "p50 ms", "speed-up")})
+    bench.put_into_card(bench.table(rows), README, "latencies")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
