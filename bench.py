@@ -12,7 +12,6 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
 import json
 import logging
@@ -79,7 +78,7 @@ def parse_args(argv=None):
         type=list_of(length),
         help="tokens per example; real: the data's own (default: real, if there is data, then 16,64,128)",
     )
-    add("--precision", type=list_of(precision_name), default=["fp32"], help="of the weights: fp32, bf16, fp16")
+    add("--precision", type=list_of(str), default=["fp32"], help="of the weights: fp32, bf16, fp16")
     add("--compile", **boolean, default=False, help="measure every model under torch.compile, too")
     add("--onnx", **boolean, default=False, help="export every model, measure it in ONNX Runtime too, in fp32 and int8")
     add(
@@ -444,8 +443,6 @@ def load_models(args, class_names):
     models = []
     for name in (args.teacher_id, *args.student_id):
         model, tokenizer = distill.load_model(name)
-        accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
-        tokenizer.model_input_names = [each for each in tokenizer.model_input_names if each in accepted]
         own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
         class_names = class_names or own_names
         # Both ways round: without a data set it may be the teacher whose classes are only called LABEL_0, LABEL_1.
@@ -459,16 +456,10 @@ def load_models(args, class_names):
             if tokens != "real" and tokens > tokenizer.model_max_length:
                 raise UserError(f"--lengths {tokens}: {name} reads {tokenizer.model_max_length} tokens at most")
         args.max_length = min(args.max_length, tokenizer.model_max_length)
-        size = {**parameter_counts(model), "disk_bytes": disk_bytes(name)}
+        size = {"parameters": model.num_parameters(), "disk_bytes": disk_bytes(name)}
+        size["without_embeddings"] = model.num_parameters(exclude_embeddings=True)  # see the note in report()
         models.append(argparse.Namespace(name=name, loaded=model, tokenizer=tokenizer, order=order, size=size))
     return models
-
-
-def parameter_counts(model):
-    """All parameters, and those outside the embeddings: these are only looked up, which takes hardly any time."""
-    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    count = distill.parameter_count(model)
-    return {"parameters": count, "without_embeddings": count - sum(map(distill.parameter_count, embeddings))}
 
 
 def disk_bytes(model_id):
@@ -609,7 +600,7 @@ def onnx_folder(model, output):
 
 
 def check_before_start(args):
-    """Fail early on what would otherwise fail at the end."""
+    """Choose the device, and fail early on what would otherwise fail at the end."""
     models = [args.teacher_id, *args.student_id]
     if args.teacher_id is None:
         raise UserError("no model is named: give --teacher_id and --student_id, or use --demo")
@@ -617,6 +608,16 @@ def check_before_start(args):
         raise UserError(f"a model is named twice: {', '.join(models)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    args.device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
+    args.device_name = device_name(args.device)
+    if args.onnx and args.device.type == "cuda":
+        raise UserError("--onnx measures on the CPU: add --device cpu")
+    # torch emulates a precision that the hardware lacks, but slower than fp32: nobody would serve a model that way.
+    native = {"fp32": True, "bf16": distill.multiplies_bf16(args.device)}
+    native["fp16"] = args.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    for precision in args.precision:
+        if not native.get(precision):
+            raise UserError(f"{args.device_name} has no arithmetic in {precision}: try another of {', '.join(DTYPES)}")
     if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         raise UserError("--onnx needs packages: pip install onnx onnxscript onnxruntime")
     if args.dataset_id is None and "real" in args.lengths:
@@ -632,20 +633,6 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function
     return capabilities().get("cpu_name", platform.machine())
-
-
-def check_device(args):
-    """Raise UserError for what the device cannot do.
-
-    torch emulates a precision that the hardware lacks, but slower than fp32: nobody would serve a model that way.
-    """
-    if args.onnx and args.device.type == "cuda":
-        raise UserError("--onnx measures on the CPU: add --device cpu")
-    native = {"fp32": True, "bf16": distill.multiplies_bf16(args.device)}
-    native["fp16"] = args.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    for precision in args.precision:
-        if not native[precision]:
-            raise UserError(f"{args.device_name} has no arithmetic in {precision}: leave it out of --precision")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,12 +651,6 @@ def length(text):
     return text if text == "real" else distill.at_least(int, 3)(text)
 
 
-def precision_name(text):
-    if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, not '{text}'")
-    return text
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 
@@ -679,10 +660,7 @@ def main(argv=None):
     distill.quiet_libraries()
     try:
         check_before_start(args)
-        args.device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
-        args.device_name = device_name(args.device)
         args.load = os.getloadavg()[0]  # processes that compete for the CPUs: they spoil all figures, PyTorch's most
-        check_device(args)
         with distill.process_group(args.device):
             run(args)
     except UserError as error:

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -163,7 +163,7 @@ def run(args, device):
         for splits in (task.labels, task.teacher_tokens, task.student_tokens)
     ]
     student, teacher = task.student.to(device), task.teacher.to(device)
-    parameters = {"teacher": parameter_count(teacher), "student": parameter_count(student)}
+    parameters = {"teacher": teacher.num_parameters(), "student": student.num_parameters()}
 
     # 2. The teacher is fine-tuned, if asked for, and labels every example.
     teacher_digest = identity["digest of the teacher"]
@@ -206,9 +206,7 @@ def run(args, device):
         for role in teacher_scores
     }
     scores = {"teacher": teacher_scores, "student": student_scores}
-    failure = from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, trials))
-    if failure:
-        raise UserError(failure)
+    from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, trials))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,31 +361,19 @@ class LossNotFinite(UserError):
     """The training has diverged."""
 
 
-class LossMeter:
-    """Sums up losses on the device until they are read."""
+def read_losses(steps, start):
+    """The mean losses and the speed over some steps and all ranks, keyed as in metrics.jsonl; the host waits here.
 
-    def __init__(self, device):
-        self.sums = torch.zeros(3, device=device)  # total, hard and soft loss
-        self.start_over()
-
-    def start_over(self):
-        self.sums.zero_()
-        self.steps = self.examples = 0
-        self.start = time.perf_counter()
-
-    def add(self, losses, examples):
-        """Add a step's [total, hard, soft] losses of this rank, and the number of examples of all ranks."""
-        self.sums += losses
-        self.steps += 1
-        self.examples += examples
-
-    def read(self):
-        """The mean losses and the speed over all ranks since the last reading, keyed as in metrics.jsonl."""
-        dist.all_reduce(self.sums)
-        total, hard, soft = (self.sums / self.steps).tolist()
-        speed = self.examples / (time.perf_counter() - self.start)
-        self.start_over()
-        return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
+    Args:
+        steps: (losses, examples) of each step: training_step's losses on this rank, the whole batch's size.
+        start: when the first of them began, by time.perf_counter().
+    """
+    losses, examples = zip(*steps, strict=True)
+    means = torch.stack(losses).mean(0)
+    dist.all_reduce(means)
+    total, hard, soft = means.tolist()
+    speed = sum(examples) / (time.perf_counter() - start)
+    return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
 
 
 def step_seed(seed, step, rank):
@@ -435,7 +421,6 @@ def train(
     progress = restore(checkpoint, stage, model, optimizer, scaler)
     start -= progress.seconds  # counts the time that a killed run has spent
     metrics = Metrics(args.output_dir, args.report_to, progress)
-    meter = LossMeter(device)
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
     if world_size > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
@@ -452,7 +437,7 @@ def train(
         batches = batches[progress.step % steps_per_epoch :]  # a resumed run skips the batches already taken
         parts = [whole[rank::world_size] for whole in batches]
         model.train()
-        meter.start_over()
+        unread, since = [], time.perf_counter()
         with progress_bar(sum(map(len, batches)), f"{stage}, epoch {epoch + 1}/{args.epochs}") as bar:
             for whole, part, (rows, inputs) in zip(batches, parts, tokens["train"].batches(parts), strict=True):
                 for group in optimizer.param_groups:
@@ -462,14 +447,15 @@ def train(
                 losses = training_step(
                     wrapped, optimizer, scaler, inputs, labels["train"][rows], soft_targets, len(whole), args
                 )
-                meter.add(losses, len(whole))
+                unread.append((losses, len(whole)))
                 progress.step += 1
                 bar.update(len(whole))
 
                 last = progress.step % steps_per_epoch == 0  # its checkpoint follows the evaluation
                 save_now = not last and args.save_steps > 0 and progress.step % args.save_steps == 0
                 if last or save_now or progress.step % LOG_STEPS == 0:
-                    row = {"step": progress.step, "epoch": epoch + 1, **meter.read()}
+                    row = {"step": progress.step, "epoch": epoch + 1, **read_losses(unread, since)}
+                    unread, since = [], time.perf_counter()
                     if not math.isfinite(row["loss"]):
                         raise LossNotFinite(
                             f"the {stage}'s loss is not finite at step {progress.step}: lower --learning_rate"
@@ -492,7 +478,7 @@ def train(
         )
         if better:
             weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-            progress.best = {"epoch": epoch + 1, "scores": scores, "weights": weights}
+            progress.best = {"scores": scores, "weights": weights}
             from_rank0(lambda: save_model(args.output_dir, model, tokenizer))
         save()
         if after_epoch:
@@ -543,32 +529,29 @@ def read_task(args):
         labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
         splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
 
-    teacher, teacher_tokenizer = load_model(
-        args.teacher_id, class_names if args.teacher_epochs else None, seed=args.seed
-    )
-    if not args.teacher_epochs:
-        fit_teacher_classes(teacher, class_names, args.teacher_id)
+    finished = not args.teacher_epochs
+    teacher, teacher_tokenizer = load_model(args.teacher_id, class_names, seed=args.seed, keep_head=finished)
     student_id = args.teacher_id if args.student_id == "teacher" else args.student_id
     student, student_tokenizer = load_model(student_id, class_names, args.student_layers, args.seed)
 
     max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
-    tokenizers = [teacher_tokenizer]
+
+    def tokenize(tokenizer):
+        return {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
+
+    teacher_tokens = student_tokens = tokenize(teacher_tokenizer)
     if not data.same_tokenizer(teacher_tokenizer, student_tokenizer, splits["train"]):
         say("teacher and student have different tokenizers: each gets its own tokens")
-        tokenizers.append(student_tokenizer)
-    tokens = [
-        {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
-        for tokenizer in tokenizers
-    ]
+        student_tokens = tokenize(student_tokenizer)
     return Task(
         class_names=class_names,
         labels={role: split.labels for role, split in splits.items()},
         teacher=teacher,
         teacher_tokenizer=teacher_tokenizer,
-        teacher_tokens=accepted_by(teacher, tokens[0]),
+        teacher_tokens=teacher_tokens,
         student=student,
         student_tokenizer=student_tokenizer,
-        student_tokens=accepted_by(student, tokens[-1]),  # its own, or the teacher's
+        student_tokens=student_tokens,
     )
 
 
@@ -580,15 +563,16 @@ def read_task(args):
 # Models
 
 
-def load_model(model_id, class_names=None, layers=None, seed=0):
+def load_model(model_id, class_names=None, layers=None, seed=0, keep_head=False):
     """Load a classifier and its tokenizer.
 
     Args:
         model_id: Hub id or local folder, or the word "demo".
-        class_names: the classes that the model is to be trained on. A head with these classes is reordered to match; a
-            head of another size is replaced by a new one. None: the model keeps its own classes.
+        class_names: the data set's classes. A head with these classes is reordered to match; a head of another size is
+            replaced by a new one. None: the model keeps its own classes.
         layers: keep only this many layers, see keep_layers(). None: all.
         seed: of weights that the file lacks, such as a new head's.
+        keep_head: refuse other classes than the data set's: the model is a finished teacher.
 
     Returns:
         (model, tokenizer): the model on the CPU, in float32 and eval mode.
@@ -601,9 +585,8 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
         raise UserError(f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run")
     try:
         config = load_config(folder)
-        own_names = [config.id2label[i] for i in range(config.num_labels)]
-        if class_names is not None:
-            name_classes(config, class_names)
+        order = None if class_names is None else fit_classes(config, class_names, keep_head)
+        new_head = class_names is not None and not keep_head
         if layers is not None and layers > config.num_hidden_layers:
             raise UserError(f"{model_id} has {config.num_hidden_layers} layers: --student_layers {layers} is too many")
         torch.manual_seed(seed)
@@ -611,21 +594,24 @@ def load_model(model_id, class_names=None, layers=None, seed=0):
             folder,
             config=config,
             dtype=torch.float32,  # optimizers need full-precision weights; autocast makes the half-precision copies
-            ignore_mismatched_sizes=class_names is not None,
+            ignore_mismatched_sizes=new_head,
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         hint = "" if os.path.isdir(folder) else "; offline, give a local folder, or try --demo"
         raise UserError(f"cannot load {model_id}: {data.one_line(error)}{hint}") from error
-    check_loaded(model_id, model, tokenizer, report, new_head=class_names is not None)
-    if class_names is not None:
-        order = data.match_classes(own_names, class_names)
-        if order is not None:
-            reorder_classes(model, order)
+    check_loaded(model_id, model, tokenizer, report, new_head)
+    if order is not None:  # output i becomes what output order[i] was
+        head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.copy_(parameter[order])
     if layers is not None:
         model = keep_layers(model, layers)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
+    accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
@@ -651,24 +637,21 @@ def check_loaded(model_id, model, tokenizer, report, new_head):
 
 def keep_layers(model, count):
     """A copy of the model with `count` of its layers, evenly spaced: of 6 layers, 2 are the third and the last."""
-    smaller = copy.deepcopy(model)
-    config, total = smaller.config, smaller.config.num_hidden_layers
+    config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
     kept = [(i + 1) * total // count - 1 for i in range(count)]
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in kept]
-    stacks = [
-        module for module in smaller.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == total
-    ]
-    if stacks:  # the encoder's comes first; ALBERT has none, since its layers share one set of weights
-        chosen = [stacks[0][i] for i in kept]
-        del stacks[0][:]
-        stacks[0].extend(chosen)
-    # Built anew, as loading will build it: ModernBERT's first layer, for example, has no norm that the others have.
-    weights = smaller.state_dict()
-    fresh = AutoModelForSequenceClassification.from_config(config)
-    fresh.load_state_dict({name: weights[name] for name in fresh.state_dict()})
-    return fresh.eval()
+    weights = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == total:
+            for place, i in enumerate(kept):
+                weights |= {f"{name}.{place}.{part}": tensor for part, tensor in module[i].state_dict().items()}
+            break  # the encoder's comes first; ALBERT has none, since its layers share one set of weights
+    # As loading will build it: ModernBERT's first layer, for example, has no norm that the others have.
+    smaller = AutoModelForSequenceClassification.from_config(config).eval()
+    smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
+    return smaller
 
 
 def load_config(folder):
@@ -698,43 +681,23 @@ def longest_input(model):
     return sys.maxsize
 
 
-def fit_teacher_classes(teacher, class_names, teacher_id):
-    """Reorder a fine-tuned teacher's outputs like the data set's classes. Raises UserError if its classes differ."""
-    names = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+def fit_classes(config, class_names, keep_head):
+    """Name the data set's classes in a model's configuration. Returns which of the model's outputs each of them was.
+
+    None if the model has other classes; for a finished teacher, UserError.
+    """
+    names = [config.id2label[i] for i in range(config.num_labels)]
     order = data.match_classes(names, class_names)
-    if order is None:
+    if keep_head and order is None:
         raise UserError(
             f"the teacher's classes ({', '.join(names)}) are not the data set's ({', '.join(class_names)}): "
             "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
         )
-    if data.is_generic(names):
+    if keep_head and data.is_generic(names):
         say(f"the teacher does not name its classes ({', '.join(names)}): assumed to be in the data set's order")
-    reorder_classes(teacher, order)
-    name_classes(teacher.config, class_names)
-
-
-def reorder_classes(model, order):
-    """Make output i of the model what output order[i] was."""
-    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(parameter[order])
-
-
-def name_classes(config, class_names):
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: i for i, name in enumerate(class_names)}
-
-
-def accepted_by(model, tokens):
-    """The splits' tokens, without token types where the model's forward does not take them."""
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        return tokens
-    return {role: replace(split, type_ids=None) for role, split in tokens.items()}
-
-
-def parameter_count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
+    return order
 
 
 # These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
@@ -744,28 +707,21 @@ PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 
 def forward(model, inputs):
     """The model's logits [B, C] for the inputs that Tokens.gather returns; without padding there is no mask."""
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        config = getattr(model, "module", model).config  # DDP wraps the model
-        if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
-            mask = additive_mask(mask, model)
-        else:
-            mask = mask.long()
-        inputs = {**inputs, "attention_mask": mask}
-    return model(**inputs).logits
-
-
-def additive_mask(inside, model):
-    """Turn a [B, L] mask, True at tokens, into an additive attention mask: [B, 1, L, L], −∞ at padding, else 0.
-
-    Given the boolean mask, scaled_dot_product_attention would convert it again in every layer. The L rows of an example
-    share their memory.
-    """
-    device = inside.device.type
-    enabled = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if enabled else next(model.parameters()).dtype
-    mask = torch.full_like(inside, -math.inf, dtype=dtype).masked_fill(inside, 0)
-    return mask[:, None, None, :].expand(-1, 1, inside.shape[1], -1)
+    inside = inputs.get("attention_mask")  # [B, L], True at tokens
+    if inside is None:
+        return model(**inputs).logits
+    config = getattr(model, "module", model).config  # DDP wraps the model
+    if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
+        # Additive, [B, 1, L, L]: −∞ at padding, else 0. Given the boolean mask, scaled_dot_product_attention would
+        # convert it again in every layer. The L rows of an example share their memory.
+        device = inside.device.type
+        enabled = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if enabled else next(model.parameters()).dtype
+        mask = torch.full_like(inside, -math.inf, dtype=dtype).masked_fill(inside, 0)
+        mask = mask[:, None, None, :].expand(-1, 1, inside.shape[1], -1)
+    else:
+        mask = inside.long()
+    return model(**{**inputs, "attention_mask": mask}).logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1011,26 +967,7 @@ def print_search(search):
 
 
 def finish(args, task, scores, seconds, parameters, device, trials):
-    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object.
-
-    Returns None, or what went wrong with the push.
-    """
-    results = summarize(args, task, scores, seconds, parameters, device)
-    if trials:
-        results["search"] = trials
-    write_json(os.path.join(args.output_dir, "results.json"), results)
-    write_model_card(args, results)
-    failure = push(args) if args.hub_model_id else None
-    Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)
-    if trials:
-        print_search(trials)
-    print_table(results)
-    say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
-    return failure
-
-
-def summarize(args, task, scores, seconds, parameters, device):
-    """What goes into results.json."""
+    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
     teacher_model = os.path.join(args.checkpoint_dir, "teacher") if args.teacher_epochs else args.teacher_id
     results = {}
     for who, model in (("teacher", teacher_model), ("student", args.output_dir)):
@@ -1041,8 +978,7 @@ def summarize(args, task, scores, seconds, parameters, device):
     examples["train"] = labelled_count(task.labels)
     examples["unlabeled"] = len(task.labels["train"]) - examples["train"]
     modules = (torch, transformers, datasets, huggingface_hub)
-    return {
-        **results,
+    results |= {
         "seconds": seconds,
         "classes": task.class_names,
         "examples": examples,
@@ -1052,6 +988,18 @@ def summarize(args, task, scores, seconds, parameters, device):
         "versions": {module.__name__: module.__version__ for module in modules},
         "arguments": vars(args),
     }
+    if trials:
+        results["search"] = trials
+    write_json(os.path.join(args.output_dir, "results.json"), results)
+    write_model_card(args, results)
+    failure = push(args) if args.hub_model_id else None
+    Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)
+    if trials:
+        print_search(trials)
+    print_table(results)
+    say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
+    if failure:
+        raise UserError(failure)
 
 
 def print_table(results):
@@ -1155,10 +1103,8 @@ def hub_id(name, demo_name):
     return None if os.path.exists(os.path.expanduser(name)) else name
 
 
-MODEL_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
-
-
-NOT_MODEL_FILES = ["*/*", "teacher_logits.*"]  # subfolders: the teacher, TensorBoard's files
+MODEL_FILES = ["*.json", "*.safetensors", "*.jsonl", "*.txt", "*.model", "README.md"]
+NOT_MODEL_FILES = ["*/*", "teacher_logits.*", "study.journal*"]  # subfolders: teacher, trials, TensorBoard's files
 
 
 def push(args):
@@ -1193,7 +1139,7 @@ class Progress:
 
     step: int = 0  # steps taken: with the seed and the rank, this determines the next batch and its dropout
     seconds: float = 0.0
-    best: dict | None = None  # the best epoch's "scores", its number, and the model's "weights"
+    best: dict | None = None  # the best epoch's "scores" and "weights"
     metrics: list = field(default_factory=list)  # rows written so far
 
 
@@ -1352,7 +1298,6 @@ class Metrics:
                 self.board = summary_writer()(self.board_path, purge_step=step + 1)
 
     def write(self, row, step):
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
         self.rows.append(row)
         from_rank0(lambda: self.append(row, step))
 
@@ -1362,7 +1307,7 @@ class Metrics:
         if self.board:
             with writing(self.board_path):
                 for name, value in row.items():
-                    if name not in ("step", "epoch") and value is not None:
+                    if name not in ("step", "epoch"):
                         self.board.add_scalar(name, value, step)
                 self.board.flush()
 
@@ -1511,19 +1456,17 @@ def from_rank0(make, timeout=None):
     an hour. A longer timeout gets a process group of its own, so that other calls still notice a lost machine soon.
     """
     group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
-    answer = None
+    answer = [None]  # the list is what broadcast_object_list fills
     if dist.get_rank() == 0:
         try:
-            answer = make()
+            answer = [make()]
         except UserError as error:
-            answer = error
+            answer = [error]
     if dist.get_world_size() > 1:
-        box = [answer]
-        dist.broadcast_object_list(box, 0, group)
-        [answer] = box
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
+        dist.broadcast_object_list(answer, 0, group)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
 
 
 def on_main_rank():
@@ -1616,11 +1559,9 @@ def check_before_start(args, device):
         for read in (args.teacher_id, args.student_id):
             if os.path.realpath(os.path.expanduser(read)) == os.path.realpath(written):
                 raise UserError(f"{read} would be overwritten: choose another --output_dir")
-    try:
-        for folder in (args.output_dir, args.checkpoint_dir):
+    for folder in (args.output_dir, args.checkpoint_dir):
+        with writing(folder):
             os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def check_batches(args, labels):
