@@ -124,7 +124,7 @@ def parse_args(argv=None):
     add("--hf_token_secret", help="in a job on AWS: the Secrets Manager secret that holds the token, as plain text")
 
     args = parser.parse_args(argv)
-    if args.demo:
+    if args.demo:  # parsed again, with other defaults
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     if args.unlabeled_id and args.alpha == 1 and not args.n_trials:
@@ -152,7 +152,8 @@ def run(args, device):
     args.precision = choose_precision(args.precision, device)
     from_rank0(lambda: check_before_start(args, device))
 
-    # 1. Rank 0 reads data and models, and all receive what it read, or its error. Tokens and labels go to the device.
+    # 1. Rank 0 reads data and models, and all receive what it read, or its error. Tokens and labels, dictionaries by
+    # role ("train", "eval", perhaps "test"), go to the device.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS)
     check_batches(args, task.labels)
     identity = identity_of(args, task, device)
@@ -173,11 +174,11 @@ def run(args, device):
         if args.student_id == "teacher":  # read_task() made it before the fine-tuning
             student.load_state_dict(keep_layers(teacher, student.config.num_hidden_layers).state_dict())
     start = time.perf_counter()
-    teacher_logits, ask_teacher = label(args, teacher, teacher_digest, teacher_tokens)
+    teacher_logits, get_teacher_logits = label_with_teacher(args, teacher, teacher_digest, teacher_tokens)
     seconds = {"labelling": time.perf_counter() - start}
     teacher_scores = {role: score(teacher_logits[role], labels[role]) for role in labels if role != "train"}
     report_teacher(teacher_scores["eval"], labels["eval"], task.class_names)
-    teacher = task.teacher = None  # frees its memory for the student, unless ask_teacher still runs it
+    teacher = task.teacher = None  # frees its memory for the student, unless get_teacher_logits still runs it
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -188,13 +189,14 @@ def run(args, device):
         tokenizer=task.student_tokenizer,
         tokens=tokens,
         labels=labels,
-        ask_teacher=ask_teacher,
-        teacher_logits=teacher_logits,
+        get_teacher_logits=get_teacher_logits,
+        eval_teacher_logits=teacher_logits["eval"],
     )
     trials = None
     if args.n_trials:
-        args, trials = search(args, identity, student, train_student)
-        seconds["training"] = trials["trials"][trials["ranking"][0]]["seconds"]
+        args, trials = search(args, identity, student, train_student)  # from here on the best trial's args
+        best = trials["trials"][trials["ranking"][0]]
+        seconds["training"] = best["seconds"]
         seconds["trials"] = sum(trial["seconds"] or 0 for trial in trials["trials"])  # summed over processes
     else:
         seconds["training"] = train_student(args, "student", checkpoint=checkpoint).seconds
@@ -213,20 +215,22 @@ def run(args, device):
 # The teacher's labels, and scores
 
 
-def label(args, teacher, teacher_digest, tokens):
+def label_with_teacher(args, teacher, teacher_digest, tokens):
     """Let the teacher label every example once; with --cache_teacher false, training examples in every step instead.
 
-    Later runs take the labels from a cache on disk. Each split is cached under a key of everything that its logits
-    depend on: the teacher's weights and configuration, the tokens and the precision, but not alpha or temperature.
+    Later runs take the logits from a cache on disk. Each split is cached under a key of all that they depend on, up to
+    rounding: the teacher's weights and configuration, the tokens and the precision. The teacher is frozen, in eval
+    mode, and the logits are kept as they are, so epochs, batches, alpha and temperature have no part in them.
 
     Returns:
-        (teacher_logits, ask_teacher). teacher_logits: role -> the teacher's logits for a whole split, [N, C] float32.
-        ask_teacher: a function that takes a rank's part of a batch, as row numbers on the host and on the device, and
-        returns the teacher's logits for it. It looks them up, or with --cache_teacher false, the textbook form, runs
-        the teacher. None where the teacher does not teach (--alpha 1).
+        (teacher_logits, get_teacher_logits). teacher_logits: role -> [N, C] float32, for the whole split.
+        get_teacher_logits: a function of a rank's part of a batch, given as row numbers on the host and on the device,
+        that returns the teacher's [B, C] logits for it. It looks them up, or with --cache_teacher false, the textbook
+        form, runs the teacher. None where the teacher does not teach (--alpha 1).
     """
     teaches = args.alpha < 1 or args.n_trials > 0
-    roles = [role for role in tokens if role != "train" or (teaches and args.cache_teacher)]
+    cached = teaches and args.cache_teacher
+    roles = list(tokens) if cached else [role for role in tokens if role != "train"]
     path = os.path.join(args.checkpoint_dir, "teacher_logits.safetensors")
     keys = {
         role: {"teacher": teacher_digest, "text": tokens_digest(split), "precision": args.precision}
@@ -238,22 +242,22 @@ def label(args, teacher, teacher_digest, tokens):
         logits[role] = predict(teacher, tokens[role], args.precision, f"teacher labels {role}").cpu()
     if missing and args.cache_teacher:
         from_rank0(lambda: write_cache(path, keys, logits))
-    # Only after predict(): autocast caches half-precision copies only of weights that require grad.
-    teacher.requires_grad_(False)
     teacher_logits = {role: logits[role].to(tokens[role].ids.device) for role in roles}
     if not teaches:
         return teacher_logits, None
-    if args.cache_teacher:
-        return teacher_logits, lambda part, rows: teacher_logits["train"][rows]
-    return teacher_logits, functools.partial(run_teacher, teacher, tokens["train"], args.precision)
+    if cached:
+        return teacher_logits, lambda host_rows, rows: teacher_logits["train"][rows]
+    # Frozen only now: in predict(), autocast caches half-precision copies only of weights that require grad.
+    teacher.eval().requires_grad_(False)
+    return teacher_logits, functools.partial(teacher_forward, teacher, tokens["train"], args.precision)
 
 
 @torch.no_grad()
-def run_teacher(teacher, tokens, precision, part, rows):
-    """The teacher's logits for a rank's part of a batch, computed on the spot; label() has left it in eval mode."""
-    # `part` has the same row numbers as `rows`, on the host, where the lengths are: nothing waits for the GPU.
+def teacher_forward(teacher, tokens, precision, host_rows, rows):
+    """The teacher's logits for a rank's part of a batch, computed in the training step."""
+    # host_rows and rows are the same. The lengths are on the host, so that nothing waits for the device.
     with autocast(rows.device, precision):
-        return forward(teacher, tokens.gather(rows, tokens.lengths[part])).float()
+        return forward(teacher, tokens.gather(rows, tokens.lengths[host_rows])).float()
 
 
 # Tokens per batch: enough to keep the device busy; more would mix lengths and pad more.
@@ -273,7 +277,7 @@ def predict(model, tokens, precision, description="predicting"):
     batches = batches[dist.get_rank() :: world_size]
     logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
     with autocast(device, precision), progress_bar(len(tokens), description) as bar:
-        for rows, inputs in tokens.batches(batches):
+        for rows, inputs in tokens.batches(batches):  # row numbers and model inputs, both on the device
             logits[rows] = forward(model, inputs).float()
             bar.update(len(rows) * world_size)  # the other ranks are about as far along
     dist.all_reduce(logits)  # every row is zero on all ranks but one
@@ -317,11 +321,13 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, exam
 
     Args:
         model: the student (or the teacher, when it is fine-tuned), wrapped for DDP where there are several ranks.
-        inputs, labels, teacher_logits: the part's [B, L] inputs, [B] labels and [B, C] logits.
+        inputs, labels, teacher_logits: the part's [B, L] inputs, [B] labels and [B, C] logits; no logits without a
+            teacher, where alpha is 1.
         example_count: the size of the whole batch, over all ranks.
 
     Returns:
-        the part's [total, hard, soft] losses, left on the device: reading them here would make the host wait.
+        the part's [total, hard, soft] losses, see distillation_loss, left on the device: reading them here would make
+        the host wait.
     """
     with autocast(labels.device, args.precision):
         logits = forward(model, inputs)  # in half precision, unless --precision fp32; the loss computes in float32
@@ -347,7 +353,7 @@ def make_optimizer(model, args):
 
 
 def learning_rate_at(step, steps, args):
-    """Linear warm-up, then linear decay to 0, for step 0, 1, … of steps."""
+    """Linear warm-up from 0, then linear decay to 0, for step 0, 1, … of steps, as transformers has it."""
     warmup = math.ceil(steps * args.warmup_ratio)
     if step < warmup:
         return args.learning_rate * step / warmup
@@ -358,7 +364,7 @@ LOG_STEPS = 50  # steps between two readings of the loss: at each, the host wait
 
 
 class LossNotFinite(UserError):
-    """The training has diverged."""
+    """The training has diverged. In a search, the trial fails and the search goes on."""
 
 
 def read_losses(steps, start):
@@ -377,7 +383,7 @@ def read_losses(steps, start):
 
 
 def step_seed(seed, step, rank):
-    """The seed of a step's dropout on a rank: a resumed run draws the same masks as an uninterrupted one."""
+    """Mix three numbers into the seed of a step's dropout: a resumed run draws the same masks as an unbroken one."""
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
 
 
@@ -388,8 +394,8 @@ def train(
     tokenizer,
     tokens,
     labels,
-    ask_teacher=None,
-    teacher_logits=None,
+    get_teacher_logits=None,
+    eval_teacher_logits=None,
     checkpoint=None,
     after_epoch=None,
 ):
@@ -399,7 +405,8 @@ def train(
         args: the command line, with this training's epochs, learning_rate, alpha, temperature and output_dir.
         stage: "teacher", "student" or, say, "trial 3": names the training in messages and in the checkpoint.
         tokens, labels: by role, on the device.
-        ask_teacher, teacher_logits: what label() returned; None without a teacher.
+        get_teacher_logits: see label_with_teacher(); None without a teacher.
+        eval_teacher_logits: the teacher's logits for the eval split, for the agreement.
         checkpoint: the Checkpoint to continue from and to write to, if any.
         after_epoch: called with the epoch's number, from 1, and its scores.
 
@@ -418,7 +425,7 @@ def train(
 
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    progress = restore(checkpoint, stage, model, optimizer, scaler)
+    progress = restore(checkpoint, stage, model, optimizer, scaler)  # at step 0, unless the checkpoint is this stage's
     start -= progress.seconds  # counts the time that a killed run has spent
     metrics = Metrics(args.output_dir, args.report_to, progress)
     wrapped = torch.compile(model, dynamic=True) if args.compile else model
@@ -435,25 +442,26 @@ def train(
     for epoch in range(progress.step // steps_per_epoch, args.epochs):
         batches = data.training_batches(tokens["train"].lengths, args.batch_size, args.seed, epoch)
         batches = batches[progress.step % steps_per_epoch :]  # a resumed run skips the batches already taken
-        parts = [whole[rank::world_size] for whole in batches]
+        parts = [batch[rank::world_size] for batch in batches]  # none is empty, see check_batches()
         model.train()
         unread, since = [], time.perf_counter()
         with progress_bar(sum(map(len, batches)), f"{stage}, epoch {epoch + 1}/{args.epochs}") as bar:
-            for whole, part, (rows, inputs) in zip(batches, parts, tokens["train"].batches(parts), strict=True):
+            # host_rows, rows: the row numbers of this rank's part, on the host and on the device
+            for batch, host_rows, (rows, inputs) in zip(batches, parts, tokens["train"].batches(parts), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(progress.step, steps, args)
                 torch.manual_seed(step_seed(args.seed, progress.step, rank))
-                soft_targets = ask_teacher(part, rows) if ask_teacher else None
+                teacher_logits = get_teacher_logits(host_rows, rows) if get_teacher_logits else None
                 losses = training_step(
-                    wrapped, optimizer, scaler, inputs, labels["train"][rows], soft_targets, len(whole), args
+                    wrapped, optimizer, scaler, inputs, labels["train"][rows], teacher_logits, len(batch), args
                 )
-                unread.append((losses, len(whole)))
+                unread.append((losses, len(batch)))
                 progress.step += 1
-                bar.update(len(whole))
+                bar.update(len(batch))
 
-                last = progress.step % steps_per_epoch == 0  # its checkpoint follows the evaluation
+                last = progress.step % steps_per_epoch == 0  # of the epoch: evaluated before it is saved
                 save_now = not last and args.save_steps > 0 and progress.step % args.save_steps == 0
-                if last or save_now or progress.step % LOG_STEPS == 0:
+                if last or save_now or progress.step % LOG_STEPS == 0:  # no loss is unread when a checkpoint is saved
                     row = {"step": progress.step, "epoch": epoch + 1, **read_losses(unread, since)}
                     unread, since = [], time.perf_counter()
                     if not math.isfinite(row["loss"]):
@@ -465,7 +473,7 @@ def train(
                 if save_now:
                     save()
 
-        scores = evaluate(model, tokens["eval"], labels["eval"], args.precision, (teacher_logits or {}).get("eval"))
+        scores = evaluate(model, tokens["eval"], labels["eval"], args.precision, eval_teacher_logits)
         if not math.isfinite(scores["loss"]):
             raise LossNotFinite(f"the {stage}'s loss is not finite after epoch {epoch + 1}: lower --learning_rate")
         metrics.write({"epoch": epoch + 1, **{f"eval_{name}": scores[name] for name in scores}}, progress.step)

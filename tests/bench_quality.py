@@ -193,7 +193,7 @@ def label_once(flags):
     print(f"labelling for {folder}", flush=True)
     task = distill.read_task(args)
     tokens = {role: split.to(device) for role, split in task.teacher_tokens.items()}
-    distill.label(args, task.teacher.to(device), distill.model_digest(task.teacher), tokens)
+    distill.label_with_teacher(args, task.teacher.to(device), distill.model_digest(task.teacher), tokens)
 
 
 def save_layers(layers):

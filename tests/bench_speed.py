@@ -197,7 +197,7 @@ def parts_of_a_run(argv):
     clock(distill, "load_model", "loading models")
     clock(data, "tokenize", "tokenising")
     clock(data, "same_tokenizer", "tokenising")
-    clock(distill, "label", "labelling")
+    clock(distill, "label_with_teacher", "labelling")
     clock(distill, "training_step", "student's steps")
     clock(distill, "train", "rest of the loop")
     clock(distill, "evaluate", "evaluation")
@@ -262,7 +262,7 @@ def loop_overhead(models, text, rounds=15):
                 None,
                 student_tokens,
                 {"train": labels, "eval": None},
-                ask_teacher=lambda part, rows: logits[rows],
+                get_teacher_logits=lambda host_rows, rows: logits[rows],
             ).seconds
 
         bare(), whole()  # warm up
