@@ -846,7 +846,7 @@ def finish_search(args, path):
     best = ranked(study.trials)[0]
     folder = trial_folder(args, best)
     if not os.path.exists(os.path.join(folder, "config.json")):
-        raise UserError(f"{folder} is lost, with the best trial's student: delete {path} to start over")
+        raise UserError(f"the best trial's student is missing from {folder}: delete {path} to start over")
     shutil.rmtree(os.path.join(args.output_dir, "runs"), ignore_errors=True)  # of an earlier best trial
     shutil.copytree(folder, args.output_dir, dirs_exist_ok=True, copy_function=complete_copy)
     return argparse.Namespace(**{**vars(args), **best.params}), search_results(study)

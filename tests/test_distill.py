@@ -1364,7 +1364,7 @@ def test_a_killed_search_goes_on(command, capsys, monkeypatch):
     assert os.listdir(f"{output_of(arguments)}/trials") == [str(best)]
     assert same_weights(output_of(arguments), alone(command, "alone", trials[best]))
     os.remove(f"{output_of(arguments)}/trials/{best}/config.json")
-    assert "is lost, the best trial's student" in refused(arguments, capsys)
+    assert "the best trial's student is missing from" in refused(arguments, capsys)
     with open(journal, "w") as file:
         file.write("no journal\n")
     assert "study.journal is damaged" in refused(arguments, capsys)
