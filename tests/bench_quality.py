@@ -142,7 +142,7 @@ def main(argv=None):
 - Agreement: the same answer as the teacher's, on {HELD_OUT:,} sentences of the demo's text that no student has seen.
 - Against labels alone: the mean difference between runs of the same seed and its 95% interval (Student's t), which
   covers the randomness of training only, not that of the choice of test sentences.
-- {datetime.date.today()}, {first["results"]["device"]}, {args.processes} runs at a time of {threads} threads each,
+- {datetime.date.today()}, {first["results"]["device"]}, {args.processes} runs at a time, {threads} CPU thread(s) each,
   {first["results"]["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
   `{" ".join(["python tests/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])}`
 """
