@@ -237,6 +237,9 @@ MIN_CALLS = 5
 def measure(calls, batches, min_run_time, threads):
     """Time functions in turn, A B A B …, so that whatever slows the machine for a while slows all of them.
 
+    One that has run long enough drops out: a tiny student needs thousands of calls, in which a large teacher would take
+    half an hour.
+
     Timer makes each call twice to warm up and once on the clock; it synchronises the GPU before and after, and sets
     the number of threads. Its autorange would time many calls as one, and such means have no percentiles.
 
@@ -248,9 +251,9 @@ def measure(calls, batches, min_run_time, threads):
         {name: seconds of every call}, without the functions that ran out of memory.
     """
     times = {name: [] for name in calls}
-    while any(len(own) < MIN_CALLS or sum(own) < min_run_time for own in times.values()):
+    while running := [name for name, own in times.items() if len(own) < MIN_CALLS or sum(own) < min_run_time]:
         for batch in batches:
-            for name in list(times):
+            for name in list(running):
                 timer = Timer("call(batch)", globals={"call": calls[name], "batch": batch}, num_threads=threads)
                 try:
                     times[name].append(timer.timeit(1).median)
@@ -258,6 +261,7 @@ def measure(calls, batches, min_run_time, threads):
                     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                         raise
                     del times[name]
+                    running.remove(name)
     return times
 
 
