@@ -294,7 +294,7 @@ def line(title, runs, control, teacher):
     return {
         "student": title,
         "steps": f"{steps:,} of {arguments['batch_size']}",
-        "seeds": len(runs),
+        "seeds": str(len(runs)),
         "test accuracy %": mean_and_sd(accuracy),
         "macro-F1 %": mean_and_sd(f1),
         "% of the teacher's": f"{share:.1f} ({low:.1f}–{high:.1f}): {verdict}",
