@@ -1020,7 +1020,8 @@ def print_table(results):
             rows.append((name.replace("_", " ", 1), its, f"{student[name]:.4f}"))
     print_rows([*rows, ("seconds", f"{seconds['labelling']:.1f}", f"{seconds['training']:.1f}")])
     say("agreement: share of examples to which student and teacher give the same answer")
-    say("seconds: the teacher's labelling, the student's training\n")
+    say("seconds: the teacher's labelling, the student's training")
+    say(f"the student is in {student['model']}\n")
 
 
 def print_rows(rows):
@@ -1043,6 +1044,7 @@ def write_model_card(args, results):
     """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
     base_model = hub_id(args.teacher_id if args.student_id == "teacher" else args.student_id, DEMO_MODEL)
     dataset = hub_id(args.dataset_id, DEMO_DATASET)
+    scored = hub_id(args.dataset_id, None)  # None under --demo: its splits are not the Hub's
     splits = {"eval": args.eval_split, "test": args.test_split}
     student, teacher = results["student"], results["teacher"]
     measures = []  # role, key in the results, type of metric on the Hub, name
@@ -1061,8 +1063,8 @@ def write_model_card(args, results):
         eval_results=[
             huggingface_hub.EvalResult(
                 task_type="text-classification",
-                dataset_type=dataset or "local",
-                dataset_name=dataset or os.path.basename(args.dataset_id.rstrip("/")),
+                dataset_type=scored or "local",
+                dataset_name=scored or os.path.basename(args.dataset_id.rstrip("/")),
                 dataset_config=args.dataset_config,
                 dataset_split=splits[role],
                 metric_type=kind,

@@ -729,6 +729,11 @@ def test_model_card(command, save_tiny, monkeypatch):
     assert by_split["validation"].metric_value == saved["eval_accuracy"]
     assert by_split["test"].metric_value == saved["test_accuracy"]
     assert f1 == {"validation": saved["eval_macro_f1"], "test": saved["test_macro_f1"]}
+    args = distill.parse_args(["--demo", "--output_dir", folder])
+    distill.write_model_card(args, results(folder))
+    demo = huggingface_hub.ModelCard.load(f"{folder}/README.md").data
+    assert demo.datasets == [distill.DEMO_DATASET]
+    assert {result.dataset_type for result in demo.eval_results} == {"local"}  # its splits are not the Hub's
     assert distill.hub_id("demo", distill.DEMO_MODEL) == "sentence-transformers/all-MiniLM-L6-v2"
     assert distill.hub_id("google/bert_uncased_L-2_H-128_A-2", None) == "google/bert_uncased_L-2_H-128_A-2"
 
