@@ -1113,7 +1113,7 @@ def hub_id(name, demo_name):
     return None if os.path.exists(os.path.expanduser(name)) else name
 
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jsonl", "*.txt", "*.model", "README.md"]
+MODEL_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
 NOT_MODEL_FILES = ["*/*", "teacher_logits.*", "study.journal*"]  # subfolders: teacher, trials, TensorBoard's files
 
 
