@@ -1,10 +1,12 @@
 """What the teacher, text without labels and patience bring, on the demo's data: one teacher, several seeds.
 
-    python tests/bench_quality.py
+    python tests/bench_quality.py                  # README's table of students and its picture
+    python tests/bench_quality.py --table demo     # candidates for the demo's own flags
+    python tests/bench_quality.py --table tried    # layers, temperatures and learning rates
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
-missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). The table
-goes into README.md, between its markers, and into imgs/quality.svg; --draw only redraws the picture, from that table.
+missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). A table
+goes into README.md, between its markers; --draw only redraws imgs/quality.svg, from README's table of students.
 """
 
 import argparse
@@ -39,7 +41,8 @@ TEACHER = os.path.join(OUTPUT, "teacher")
 LABELLED, SENTENCES = 6824, 269_256  # examples in the demo's training split, and in its text without labels
 HELD_OUT = 20_000  # of those sentences, the last: no student sees them
 GRID = [(alpha, temperature) for alpha in (0.0, 0.25, 0.75) for temperature in (2.0, 8.0)]
-EXAMPLES_PER_HOUR = 1_300_000  # trained on two cores of a CPU that multiplies bf16, by two processes together
+# Trained by two processes together, on two cores.
+EXAMPLES_PER_HOUR = 1_300_000 if distill.multiplies_bf16(torch.device("cpu")) else 650_000
 
 
 def text(count, epochs, **flags):
@@ -50,54 +53,74 @@ def text(count, epochs, **flags):
 ALL = SENTENCES - HELD_OUT
 PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
 TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
+SOME_TEACHER = ("teacher alone (alpha 0, T 2) on 27,296 sentences", text(27_296, 2, **TEACHER_ALONE), 5)
 
-# name -> (title, flags, number of seeds). The first four take 1,070 steps; patience is thousands.
-ROWS = {
-    "alone": ("labels alone (alpha 1)", {"epochs": 10, "alpha": 1.0}, 5),
-    "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 5),
-    "best": ("", {"epochs": 10}, 5),  # see best_on_eval
-    "some": ("labels, teacher (alpha 0.5, T 4) and 27,296 sentences", text(27_296, 2), 5),
-    "some-teacher": ("teacher alone (alpha 0, T 2) on 27,296 sentences", text(27_296, 2, **TEACHER_ALONE), 5),
-    "patient-alone": ("labels alone, patient", {"epochs": 75, "alpha": 1.0, **PATIENT}, 3),
-    "patient-100k": (
-        "teacher alone (alpha 0, T 2) on 100,000 sentences, patient",
-        text(100_000, 2, **TEACHER_ALONE, **PATIENT),
-        3,
-    ),
-    "patient": (
-        f"teacher alone (alpha 0, T 2) on {ALL:,} sentences, patient",
-        text(ALL, 2, **TEACHER_ALONE, **PATIENT),
-        5,
-    ),
-    "patient-labels": (
-        f"labels, teacher (alpha 0.5, T 4) and {ALL:,} sentences, patient",
-        text(ALL, 2, **PATIENT),
-        2,
-    ),
-    "patient-first": (
-        "the same as the patient teacher alone, from the teacher's first two layers",
-        text(ALL, 2, **TEACHER_ALONE, **PATIENT, student_id=f"{OUTPUT}/layers-0,1"),
-        2,
-    ),
-}
-# What else was tried, with 27,296 sentences and 1,070 steps, beside the row "some-teacher".
-TRIED = {
-    "layers 1 and 2": {"student_id": f"{OUTPUT}/layers-0,1"},
-    "layers 1 and 4": {"student_id": f"{OUTPUT}/layers-0,3"},
-    "layers 1 and 6": {"student_id": f"{OUTPUT}/layers-0,5"},
-    "T 1": {"temperature": 1.0},
-    "T 4": {"temperature": 4.0},
-    "learning rate 1e-4": {"learning_rate": 1e-4},
-    "learning rate 4e-4": {"learning_rate": 4e-4},
-    "learning rate 6e-4": {"learning_rate": 6e-4},
+# table -> name -> (title, flags, number of seeds). A table's first row is its control.
+TABLES = {
+    # The first five rows take 1,070 steps; patience is thousands.
+    "quality": {
+        "alone": ("labels alone (alpha 1)", {"epochs": 10, "alpha": 1.0}, 5),
+        "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 5),
+        "best": ("", {"epochs": 10}, 5),  # see best_on_eval
+        "some": ("labels, teacher (alpha 0.5, T 4) and 27,296 sentences", text(27_296, 2), 5),
+        "some-teacher": SOME_TEACHER,
+        "patient-alone": ("labels alone, patient", {"epochs": 75, "alpha": 1.0, **PATIENT}, 3),
+        "patient-100k": (
+            "teacher alone (alpha 0, T 2) on 100,000 sentences, patient",
+            text(100_000, 2, **TEACHER_ALONE, **PATIENT),
+            3,
+        ),
+        "patient": (
+            f"teacher alone (alpha 0, T 2) on {ALL:,} sentences, patient",
+            text(ALL, 2, **TEACHER_ALONE, **PATIENT),
+            5,
+        ),
+        "patient-labels": (
+            f"labels, teacher (alpha 0.5, T 4) and {ALL:,} sentences, patient",
+            text(ALL, 2, **PATIENT),
+            2,
+        ),
+        "patient-first": (
+            "the same as the patient teacher alone, from the teacher's first two layers",
+            text(ALL, 2, **TEACHER_ALONE, **PATIENT, student_id=f"{OUTPUT}/layers-0,1"),
+            2,
+        ),
+    },
+    # All take about as long as the demo does, with the labelling of their text.
+    "demo": {
+        "demo": ("labels and teacher (alpha 0.5, T 4), 5 epochs", {"epochs": 5}, 5),
+        "demo-teacher": ("teacher alone (alpha 0, T 2), 5 epochs", {"epochs": 5, **TEACHER_ALONE}, 5),
+        "demo-text": ("labels, teacher (alpha 0.5, T 4) and 7,500 sentences, 2 epochs", text(7_500, 2), 5),
+        "demo-text-teacher": (
+            "teacher alone (alpha 0, T 2) on 7,500 sentences, 2 epochs",
+            text(7_500, 2, **TEACHER_ALONE),
+            5,
+        ),
+    },
+    "tried": {
+        "some-teacher": SOME_TEACHER,
+        **{
+            f"tried-{title}": (title, {**SOME_TEACHER[1], **flags}, 3)
+            for title, flags in {
+                "layers 1 and 2": {"student_id": f"{OUTPUT}/layers-0,1"},
+                "layers 1 and 4": {"student_id": f"{OUTPUT}/layers-0,3"},
+                "layers 1 and 6": {"student_id": f"{OUTPUT}/layers-0,5"},
+                "T 1": {"temperature": 1.0},
+                "T 4": {"temperature": 4.0},
+                "learning rate 1e-4": {"learning_rate": 1e-4},
+                "learning rate 4e-4": {"learning_rate": 4e-4},
+                "learning rate 6e-4": {"learning_rate": 6e-4},
+            }.items()
+        },
+    },
 }
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all rows")
+    parser.add_argument("--table", choices=TABLES, default="quality", help="default: %(default)s")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="beside the first one (default: all of the table)")
     parser.add_argument("--seeds", type=int, help="runs a row, at most (default: 2 to 5, by the row)")
-    parser.add_argument("--tried", action="store_true", help="the runs of what did not help as well, by three seeds")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--draw", action="store_true", help="only draw the picture, from README's table")
     args = parser.parse_args(argv)
@@ -109,9 +132,12 @@ def main(argv=None):
     os.chdir(ROOT)
     os.makedirs(OUTPUT, exist_ok=True)
     distill.quiet_libraries()
-    rows = {name: ROWS[name] for name in ROWS if name in args.rows or name == "alone"}
-    if args.tried:
-        rows |= {f"tried-{title}": (title, {**ROWS["some-teacher"][1], **flags}, 3) for title, flags in TRIED.items()}
+    rows = TABLES[args.table]
+    control = next(iter(rows))
+    if args.rows:
+        if unknown := set(args.rows) - set(rows):
+            parser.error(f"no row {', '.join(unknown)} in this table; it has {', '.join(rows)}")
+        rows = {name: row for name, row in rows.items() if name in (control, *args.rows)}
 
     with distill.process_group(distill.choose_device()):
         distilled = run(TEACHER, {"epochs": 1})
@@ -130,8 +156,8 @@ def main(argv=None):
                 rows["best"] = (title, {**rows["best"][1], "alpha": alpha, "temperature": temperature}, rows["best"][2])
             runs = run_all(rows, args.seeds, pool)
 
-    lines = [line(title, runs[name], runs["alone"], teacher_answers) for name, (title, _, _) in rows.items()]
-    first = runs["alone"][0]
+    lines = [line(title, runs[name], runs[control], teacher_answers) for name, (title, _, _) in rows.items()]
+    first = runs[control][0]
     versions = first["results"]["versions"]
     report = bench.table(lines)
     report += f"""
@@ -140,15 +166,16 @@ def main(argv=None):
   the {first["results"]["examples"]["test"]} test sentences.
 - % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
 - Agreement: the same answer as the teacher's, on {HELD_OUT:,} sentences of the demo's text that no student has seen.
-- Against labels alone: the mean difference between runs of the same seed and its 95% interval (Student's t), which
+- Against the first row: the mean difference between runs of the same seed and its 95% interval (Student's t), which
   covers the randomness of training only, not that of the choice of test sentences.
 - {datetime.date.today()}, {first["results"]["device"]}, {args.processes} runs at a time, {threads} CPU thread(s) each,
   {first["results"]["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
   `{" ".join(["python tests/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])}`
 """
     print(report)
-    bench.put_into_card(report, "README.md", "quality")
-    draw()
+    bench.put_into_card(report, "README.md", args.table)
+    if args.table == "quality":
+        draw()
 
 
 def run(folder, flags):
@@ -299,7 +326,7 @@ def line(title, runs, control, teacher):
         "macro-F1 %": mean_and_sd(f1),
         "% of the teacher's": f"{share:.1f} ({low:.1f}–{high:.1f}): {verdict}",
         "agreement %": mean_and_sd(agreement),
-        "against labels alone": "–" if runs is control else f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})",
+        "against the first row": "–" if runs is control else f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})",
     }
 
 
@@ -328,9 +355,7 @@ def draw():
     """Draw imgs/quality.svg, test accuracy of the students beside their teacher's, from README's table."""
     with open(bench_speed.README, encoding="utf-8") as file:
         teacher = float(re.search(r"One teacher for all: ([\d.]+)%", file.read())[1])
-    rows = [
-        row for row in bench_speed.readme_table("quality", "student", "test accuracy %") if row["student"] not in TRIED
-    ]
+    rows = bench_speed.readme_table("quality", "student", "test accuracy %")
     scores = [[float(number) for number in row["test accuracy %"].split(" ± ")] for row in rows]
     low = min(mean - spread for mean, spread in scores)
     high = max([teacher, *(mean + spread for mean, spread in scores)])
