@@ -291,7 +291,7 @@ def test_macro_f1():
     assert distill.macro_f1(labels, labels) == 1
 
 
-def test_layers_classes_and_errors(save_tiny):
+def test_layers_classes_and_errors(save_tiny, monkeypatch):
     folder = save_tiny("model", num_hidden_layers=4, classes=("positive", "negative"))
     whole, _ = distill.load_model(folder)
     model, _ = distill.load_model(folder, ["negative", "positive"], layers=3)
@@ -310,6 +310,9 @@ def test_layers_classes_and_errors(save_tiny):
         distill.load_model(folder, layers=5)
     with pytest.raises(UserError, match="no such folder"):
         distill.load_model("./nowhere")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # saves the retries
+    with pytest.raises(UserError, match=r"cannot load output/teacher: .*no local folder has that name either"):
+        distill.load_model("output/teacher")  # misspelt, it looks like a Hub id
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.remove(f"{folder}/{name}")
     with pytest.raises(UserError, match="no usable tokenizer"):
