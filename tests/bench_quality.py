@@ -90,7 +90,6 @@ TABLES = {
     "demo": {
         "demo": ("labels and teacher (alpha 0.5, T 4), 5 epochs", {"epochs": 5}, 5),
         "demo-teacher": ("teacher alone (alpha 0, T 2), 5 epochs", {"epochs": 5, **TEACHER_ALONE}, 5),
-        "demo-text": ("labels, teacher (alpha 0.5, T 4) and 7,500 sentences, 2 epochs", text(7_500, 2), 5),
         "demo-text-teacher": (
             "teacher alone (alpha 0, T 2) on 7,500 sentences, 2 epochs",
             text(7_500, 2, **TEACHER_ALONE),
