@@ -64,24 +64,24 @@ TABLES = {
         "best": ("", {"epochs": 10}, 5),  # see best_on_eval
         "some": ("labels, teacher (alpha 0.5, T 4) and 27,296 sentences", text(27_296, 2), 5),
         "some-teacher": SOME_TEACHER,
-        "patient-alone": ("labels alone, patient", {"epochs": 75, "alpha": 1.0, **PATIENT}, 3),
+        "patient-alone": ("labels alone (alpha 1), 4,050 steps", {"epochs": 75, "alpha": 1.0, **PATIENT}, 3),
         "patient-100k": (
-            "teacher alone (alpha 0, T 2) on 100,000 sentences, patient",
+            "teacher alone (alpha 0, T 2) on 100,000 sentences",
             text(100_000, 2, **TEACHER_ALONE, **PATIENT),
             3,
         ),
         "patient": (
-            f"teacher alone (alpha 0, T 2) on {ALL:,} sentences, patient",
+            f"teacher alone (alpha 0, T 2) on {ALL:,} sentences",
             text(ALL, 2, **TEACHER_ALONE, **PATIENT),
             5,
         ),
         "patient-labels": (
-            f"labels, teacher (alpha 0.5, T 4) and {ALL:,} sentences, patient",
+            f"labels, teacher (alpha 0.5, T 4) and {ALL:,} sentences",
             text(ALL, 2, **PATIENT),
             2,
         ),
         "patient-first": (
-            "the same as the patient teacher alone, from the teacher's first two layers",
+            f"teacher alone on {ALL:,} sentences, into the teacher's first two layers",
             text(ALL, 2, **TEACHER_ALONE, **PATIENT, student_id=f"{OUTPUT}/layers-0,1"),
             2,
         ),
@@ -163,6 +163,7 @@ def main(argv=None):
 
 - Mean ± standard deviation over seeds. One teacher for all: {100 * distilled["teacher"]["test_accuracy"]:.2f}% right on
   the {first["results"]["examples"]["test"]} test sentences.
+- Every row trains on the {LABELLED:,} labelled sentences; those that it names have no labels and come beside.
 - % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
 - Agreement: the same answer as the teacher's, on {HELD_OUT:,} sentences of the demo's text that no student has seen.
 - Against the first row: the mean difference between runs of the same seed and its 95% interval (Student's t), which
