@@ -607,7 +607,7 @@ def load_model(model_id, class_names=None, layers=None, seed=0, keep_head=False)
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        hint = "" if os.path.isdir(folder) else "; no local folder has that name either; offline, try --demo"
+        hint = "" if os.path.isdir(folder) else "; no local folder has that name; offline, try --demo"
         raise UserError(f"cannot load {model_id}: {data.one_line(error).rstrip('.')}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, new_head)
     if order is not None:  # output i becomes what output order[i] was

@@ -55,6 +55,12 @@ PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
 TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
 SOME_TEACHER = ("teacher alone (alpha 0, T 2) on 27,296 sentences", text(27_296, 2, **TEACHER_ALONE), 5)
 
+
+def tried(title, **flags):
+    """A row like SOME_TEACHER but for these flags."""
+    return title, {**SOME_TEACHER[1], **flags}, 3
+
+
 # table -> name -> (title, flags, number of seeds). A table's first row is its control.
 TABLES = {
     # The first five rows take 1,070 steps; patience is thousands.
@@ -98,19 +104,14 @@ TABLES = {
     },
     "tried": {
         "some-teacher": SOME_TEACHER,
-        **{
-            f"tried-{title}": (title, {**SOME_TEACHER[1], **flags}, 3)
-            for title, flags in {
-                "layers 1 and 2": {"student_id": f"{OUTPUT}/layers-0,1"},
-                "layers 1 and 4": {"student_id": f"{OUTPUT}/layers-0,3"},
-                "layers 1 and 6": {"student_id": f"{OUTPUT}/layers-0,5"},
-                "T 1": {"temperature": 1.0},
-                "T 4": {"temperature": 4.0},
-                "learning rate 1e-4": {"learning_rate": 1e-4},
-                "learning rate 4e-4": {"learning_rate": 4e-4},
-                "learning rate 6e-4": {"learning_rate": 6e-4},
-            }.items()
-        },
+        "layers-1-2": tried("layers 1 and 2", student_id=f"{OUTPUT}/layers-0,1"),
+        "layers-1-4": tried("layers 1 and 4", student_id=f"{OUTPUT}/layers-0,3"),
+        "layers-1-6": tried("layers 1 and 6", student_id=f"{OUTPUT}/layers-0,5"),
+        "T-1": tried("T 1", temperature=1.0),
+        "T-4": tried("T 4", temperature=4.0),
+        "lr-1e-4": tried("learning rate 1e-4", learning_rate=1e-4),
+        "lr-4e-4": tried("learning rate 4e-4", learning_rate=4e-4),
+        "lr-6e-4": tried("learning rate 6e-4", learning_rate=6e-4),
     },
 }
 
@@ -127,16 +128,16 @@ def main(argv=None):
         return draw()
     if args.seeds is not None and args.seeds < 2:
         parser.error("--seeds must be at least 2: the spread is what this measures")
+    table = TABLES[args.table]
+    control = next(iter(table))
+    chosen = [control, *args.rows] if args.rows else table
+    if unknown := set(chosen) - set(table):
+        parser.error(f"no row {', '.join(unknown)} in this table; it has {', '.join(table)}")
+    rows = {name: table[name] for name in table if name in chosen}
     threads = max(1, os.cpu_count() // args.processes)
     os.chdir(ROOT)
     os.makedirs(OUTPUT, exist_ok=True)
     distill.quiet_libraries()
-    rows = TABLES[args.table]
-    control = next(iter(rows))
-    if args.rows:
-        if unknown := set(args.rows) - set(rows):
-            parser.error(f"no row {', '.join(unknown)} in this table; it has {', '.join(rows)}")
-        rows = {name: row for name, row in rows.items() if name in (control, *args.rows)}
 
     with distill.process_group(distill.choose_device()):
         distilled = run(TEACHER, {"epochs": 1})
@@ -163,7 +164,7 @@ def main(argv=None):
 
 - Mean ± standard deviation over seeds. One teacher for all: {100 * distilled["teacher"]["test_accuracy"]:.2f}% right on
   the {first["results"]["examples"]["test"]} test sentences.
-- Every row trains on the {LABELLED:,} labelled sentences; those that it names have no labels and come beside.
+- Every row trains on the {LABELLED:,} labelled sentences; the sentences that it names, without labels, are added.
 - % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
 - Agreement: the same answer as the teacher's, on {HELD_OUT:,} sentences of the demo's text that no student has seen.
 - Against the first row: the mean difference between runs of the same seed and its 95% interval (Student's t), which
