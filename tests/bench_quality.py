@@ -1,8 +1,9 @@
 """What the teacher, text without labels and patience bring, on the demo's data: one teacher, several seeds.
 
-    python tests/bench_quality.py                  # README's table of students and its picture
-    python tests/bench_quality.py --table demo     # candidates for the demo's own flags
-    python tests/bench_quality.py --table tried    # layers, temperatures and learning rates
+    python tests/bench_quality.py                      # README's table of students and its picture
+    python tests/bench_quality.py --table demo         # candidates for the demo's own flags
+    python tests/bench_quality.py --table tried        # true labels, layers, temperatures and learning rates
+    python tests/bench_quality.py --table tried-all    # the layers again, on all the text
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
 missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). A table
@@ -40,7 +41,6 @@ OUTPUT = os.path.join("outputs", "quality")  # below ROOT, where main() goes
 TEACHER = os.path.join(OUTPUT, "teacher")
 LABELLED, SENTENCES = 6824, 269_256  # examples in the demo's training split, and in its text without labels
 HELD_OUT = 20_000  # of those sentences, the last: no student sees them
-GRID = [(alpha, temperature) for alpha in (0.0, 0.25, 0.75) for temperature in (2.0, 8.0)]
 # Trained by two processes together, on two cores.
 EXAMPLES_PER_HOUR = 1_300_000 if distill.multiplies_bf16(torch.device("cpu")) else 650_000
 
@@ -51,46 +51,31 @@ def text(count, epochs, **flags):
 
 
 ALL = SENTENCES - HELD_OUT
+ALONE = {"epochs": 10, "alpha": 1.0}
 PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
 TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
 SOME_TEACHER = ("teacher alone (alpha 0, T 2) on 27,296 sentences", text(27_296, 2, **TEACHER_ALONE), 5)
+PATIENT_TEACHER = (f"teacher alone (alpha 0, T 2) on {ALL:,} sentences", text(ALL, 2, **TEACHER_ALONE, **PATIENT), 5)
 
 
 def tried(title, **flags):
     """A row like SOME_TEACHER but for these flags."""
-    return title, {**SOME_TEACHER[1], **flags}, 3
+    return f"the same with {title}", {**SOME_TEACHER[1], **flags}, 3
 
 
 # table -> name -> (title, flags, number of seeds). A table's first row is its control.
 TABLES = {
-    # The first five rows take 1,070 steps; patience is thousands.
+    # The first two rows take 1,070 steps; patience is thousands.
     "quality": {
-        "alone": ("labels alone (alpha 1)", {"epochs": 10, "alpha": 1.0}, 5),
-        "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 5),
-        "best": ("", {"epochs": 10}, 5),  # see best_on_eval
-        "some": ("labels, teacher (alpha 0.5, T 4) and 27,296 sentences", text(27_296, 2), 5),
+        "alone": ("labels alone (alpha 1)", ALONE, 5),
         "some-teacher": SOME_TEACHER,
-        "patient-alone": ("labels alone (alpha 1), 4,050 steps", {"epochs": 75, "alpha": 1.0, **PATIENT}, 3),
+        "patient-alone": ("labels alone (alpha 1), 4,050 steps", {**ALONE, "epochs": 75, **PATIENT}, 3),
         "patient-100k": (
             "teacher alone (alpha 0, T 2) on 100,000 sentences",
             text(100_000, 2, **TEACHER_ALONE, **PATIENT),
             3,
         ),
-        "patient": (
-            f"teacher alone (alpha 0, T 2) on {ALL:,} sentences",
-            text(ALL, 2, **TEACHER_ALONE, **PATIENT),
-            5,
-        ),
-        "patient-labels": (
-            f"labels, teacher (alpha 0.5, T 4) and {ALL:,} sentences",
-            text(ALL, 2, **PATIENT),
-            2,
-        ),
-        "patient-first": (
-            f"teacher alone on {ALL:,} sentences, into the teacher's first two layers",
-            text(ALL, 2, **TEACHER_ALONE, **PATIENT, student_id=f"{OUTPUT}/layers-0,1"),
-            2,
-        ),
+        "patient": PATIENT_TEACHER,
     },
     # All take about as long as the demo does, with the labelling of their text.
     "demo": {
@@ -104,14 +89,25 @@ TABLES = {
     },
     "tried": {
         "some-teacher": SOME_TEACHER,
+        "some": tried("labels and teacher (alpha 0.5, T 4)", alpha=0.5, temperature=4.0),
         "layers-1-2": tried("layers 1 and 2", student_id=f"{OUTPUT}/layers-0,1"),
         "layers-1-4": tried("layers 1 and 4", student_id=f"{OUTPUT}/layers-0,3"),
         "layers-1-6": tried("layers 1 and 6", student_id=f"{OUTPUT}/layers-0,5"),
         "T-1": tried("T 1", temperature=1.0),
         "T-4": tried("T 4", temperature=4.0),
-        "lr-1e-4": tried("learning rate 1e-4", learning_rate=1e-4),
-        "lr-4e-4": tried("learning rate 4e-4", learning_rate=4e-4),
-        "lr-6e-4": tried("learning rate 6e-4", learning_rate=6e-4),
+        "lr-1e-4": tried("a learning rate of 1e-4", learning_rate=1e-4),
+        "lr-4e-4": tried("a learning rate of 4e-4", learning_rate=4e-4),
+        "lr-6e-4": tried("a learning rate of 6e-4", learning_rate=6e-4),
+        "both": ("labels and teacher (alpha 0.5, T 4), no other text", {"epochs": 10}, 3),
+        "alone": ("labels alone (alpha 1), no other text", ALONE, 3),
+    },
+    "tried-all": {
+        "patient": PATIENT_TEACHER,
+        "patient-first": (
+            "the same with layers 1 and 2",
+            {**PATIENT_TEACHER[1], "student_id": f"{OUTPUT}/layers-0,1"},
+            2,
+        ),
     },
 }
 
@@ -149,11 +145,6 @@ def main(argv=None):
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the runs
         with ThreadPoolExecutor(args.processes) as pool:
-            if "best" in rows:
-                alpha, temperature = best_on_eval(rows["best"][1], pool)
-                who = "labels and teacher" if alpha else "teacher alone"
-                title = f"{who} (alpha {alpha:g}, T {temperature:g}: the best of {len(GRID)} on eval)"
-                rows["best"] = (title, {**rows["best"][1], "alpha": alpha, "temperature": temperature}, rows["best"][2])
             runs = run_all(rows, args.seeds, pool)
 
     lines = [line(title, runs[name], runs[control], teacher_answers) for name, (title, _, _) in rows.items()]
@@ -234,16 +225,6 @@ def save_layers(layers):
     model.config.num_hidden_layers = len(layers)
     os.makedirs(folder)
     distill.save_model(folder, model, tokenizer)
-
-
-def best_on_eval(flags, pool):
-    """The (alpha, temperature) of the grid with the best accuracy on eval, by one run each of a seed of its own."""
-    runs = [
-        pool.submit(run, os.path.join(OUTPUT, f"grid-{a:g}-{t:g}"), {**flags, "seed": 0, "alpha": a, "temperature": t})
-        for a, t in GRID
-    ]
-    scores = [run.result()["student"] for run in runs]
-    return max(zip(scores, GRID, strict=True), key=lambda pair: (pair[0]["eval_accuracy"], -pair[0]["eval_loss"]))[1]
 
 
 def run_all(rows, seeds, pool):
