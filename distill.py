@@ -106,6 +106,7 @@ def parse_args(argv=None):
     add("--warmup_ratio", type=fraction, default=0.0, help="share of the steps in which the learning rate rises")
     add("--max_grad_norm", type=above_zero, default=1.0, help="gradients are clipped to this norm")
     add("--seed", type=at_least(int, 0), default=33, help="of new weights, batches and dropout")
+    add("--best_by", choices=("accuracy", "macro_f1", "loss"), default="accuracy", help="on eval: the epoch that is kept")
     add("--n_trials", type=at_least(int, 0), default=0, help="search epochs, learning_rate, alpha, temperature")
     # Machine
     add(
@@ -382,6 +383,11 @@ def read_losses(steps, start):
     return {"loss": total, "hard_loss": hard, "soft_loss": soft, "examples_per_second": speed}
 
 
+def goodness(scores, best_by):
+    """What the best epoch has most of; among equals, the lowest loss decides."""
+    return (-scores["loss"] if best_by == "loss" else scores[best_by], -scores["loss"])
+
+
 def step_seed(seed, step, rank):
     """Mix three numbers into the seed of a step's dropout: a resumed run draws the same masks as an unbroken one."""
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
@@ -399,7 +405,7 @@ def train(
     checkpoint=None,
     after_epoch=None,
 ):
-    """Train a model by distillation_loss; keep its best epoch, by accuracy on eval, in output_dir and in the model.
+    """Train a model by distillation_loss; keep its best epoch, by args.best_by on eval, in output_dir and in the model.
 
     Args:
         args: the command line, with this training's epochs, learning_rate, alpha, temperature and output_dir.
@@ -478,7 +484,7 @@ def train(
             raise LossNotFinite(f"the {stage}'s loss is not finite after epoch {epoch + 1}: lower --learning_rate")
         metrics.write({"epoch": epoch + 1, **{f"eval_{name}": scores[name] for name in scores}}, progress.step)
         best = progress.best["scores"] if progress.best else None
-        better = best is None or (scores["accuracy"], -scores["loss"]) > (best["accuracy"], -best["loss"])
+        better = best is None or goodness(scores, args.best_by) > goodness(best, args.best_by)
         say(
             f"{stage}, epoch {epoch + 1}/{args.epochs}: loss {metrics.epoch_loss(epoch + 1, steps_per_epoch):.4f}; "
             + ", ".join(f"eval {name} {scores[name]:.4f}" for name in scores)
