@@ -85,7 +85,9 @@ class Config:
     seed: int = flag(33, "of new weights, batches and dropout", at_least=0, at_most=2**63 - 1)
     n_trials: int = flag(0, "search epochs, learning_rate, alpha and temperature first", at_least=0)
     # Machine
-    precision: str = flag("auto", "of matrix products: see choose_precision", choices=("auto", "bf16", "fp16", "fp32"))
+    precision: str = flag(
+        "auto", "auto: bf16, else fp16 on GPUs, fp32 on CPUs", choices=("auto", "bf16", "fp16", "fp32")
+    )
     compile: bool = flag(False, "torch.compile the student")
     # What a run leaves behind
     output_dir: str = flag(os.environ.get("SM_MODEL_DIR", "outputs"), "folder of the finished student")
@@ -676,9 +678,9 @@ def finish(args, task, scores, seconds, parameters, device, trials):
     say(f"\n{results_table(results)}\n")
     say(f"seconds: labeling {seconds['labeling']:.1f}, training {seconds['training']:.1f}")
     teacher, student = results["teacher"], results["student"]
-    if student["eval_accuracy"] > teacher["eval_accuracy"]:
-        say("note: on eval the student is the better one, so its teacher holds it back: train that longer")
-        say("      (--teacher_epochs), take a better one, or give the labels more weight (--alpha)")
+    if args.alpha < 1 and student["eval_accuracy"] > teacher["eval_accuracy"]:
+        todo = "train it longer (--teacher_epochs), take a better one, or give the labels more weight (--alpha)"
+        say(f"note: on eval the student is better than its teacher, which holds it back: {todo}")
     say(f"the student is in {args.output_dir}\n")
     if args.hub_model_id:
         with writing(f"to the Hub, but the student is safe in {args.output_dir}"):
