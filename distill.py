@@ -86,7 +86,7 @@ class Config:
     n_trials: int = flag(0, "search epochs, learning_rate, alpha and temperature first", at_least=0)
     # Machine
     precision: str = flag(
-        "auto", "auto: bf16, else fp16 on GPUs, fp32 on CPUs", choices=("auto", "bf16", "fp16", "fp32")
+        "auto", "auto: bf16, on old GPUs fp16, old CPUs fp32", choices=("auto", "bf16", "fp16", "fp32")
     )
     compile: bool = flag(False, "torch.compile the student")
     # What a run leaves behind
