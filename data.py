@@ -89,10 +89,10 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
             continue
         table, where = read_split(dataset_id, dataset_config, name)
         text_columns = text_columns or find_text_columns(table, label_column, where)
-        for column in (*text_columns, label_column):
-            check((column in table.column_names, no_column(column, table, where)))
-        texts, labels = table.select_columns(list(text_columns)), read_labels(table, label_column, where)
-        check_texts(texts, where)
+        texts, labels = select_texts(table, text_columns, where), read_labels(table, label_column, where)
+        for column in text_columns:
+            row = pc.index(matches(texts, column, r"[^\s\pC\pZ]"), False).as_py() + 1  # without a visible character
+            check((not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row"))
         if class_names is None:
             class_names, known = classes_of(labels, table.features[label_column], where)
         row = pc.index(pc.is_in(labels, value_set=pa.array(seen or known)), False).as_py()
@@ -109,7 +109,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
 
 def no_column(column, table, where):
     columns = f"{', '.join(table.column_names)} (a csv file's first line names its columns)"
-    return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column"
+    return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column, or rename it"
 
 
 def find_text_columns(table, label_column, where):
@@ -137,17 +137,18 @@ def is_text(feature):
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def check_texts(texts, where):
-    """Raise UserError for a column that is not text, and for a text without a visible character."""
-    for name, feature in texts.features.items():
-        kind = getattr(feature, "dtype", feature)
-        check((is_text(feature), f"column '{name}' in {where} holds {kind}, not text: use --text_columns"))
-        row = pc.index(matches(texts, name, r"[^\s\pC\pZ]"), False).as_py() + 1
-        check((not row, f"empty text in {where}, column '{name}', row {row}: fill it or remove the row"))
+def select_texts(table, names, where):
+    """The text columns alone. Raises UserError for one that is missing, or holds something else."""
+    for name in names:
+        check((name in table.column_names, no_column(name, table, where)))
+        kind = getattr(table.features[name], "dtype", table.features[name])
+        check((is_text(table.features[name]), f"column '{name}' in {where} holds {kind}, not text: use --text_columns"))
+    return table.select_columns(list(names))
 
 
 def read_labels(table, label_column, where):
     """The labels as a pyarrow array of strings, without blanks around them. Whole numbers may be stored as floats."""
+    check((label_column in table.column_names, no_column(label_column, table, where)))
     labels = column_of(table, label_column)
     if pa.types.is_floating(labels.type):
         try:
@@ -215,21 +216,13 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
 
     Examples that also occur in the eval or test split are left out: the student must not train on what it is scored on.
 
-    Returns:
-        (texts, left_out): a datasets.Dataset with the columns of splits["train"].texts, and the number of examples
-        left out for each reason.
+    Returns a datasets.Dataset with the columns of splits["train"].texts, and how many were left out, by reason.
     """
     table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     names = wanted = splits["train"].texts.column_names
     if len(wanted) == 1 and wanted[0] not in table.column_names and len(prose(table, table.column_names)) == 1:
         names = prose(table, table.column_names)  # a single text column may have another name here
-    for name in names:
-        check(
-            (name in table.column_names, no_column(name, table, where) + ", or rename the columns"),
-            (is_text(table.features.get(name)), f"column '{name}' in {where} is not text"),
-        )
-    texts = table.select_columns(names).rename_columns(dict(zip(names, wanted, strict=True)))
-
+    texts = select_texts(table, names, where).rename_columns(dict(zip(names, wanted, strict=True)))
     scored = set(chain.from_iterable(normalized(split.texts) for role, split in splits.items() if role != "train"))
     kept, left_out = [], {"also in eval or test": 0, "empty": 0}
     for row, key in enumerate(normalized(texts)):
@@ -391,11 +384,11 @@ def take(tables, split_name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenise, bucket, pad
+# Tokens and batches
 
 
 def tokenize(tokenizer, texts, max_length):
-    """Tokenise a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens."""
+    """Tokenize a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens."""
     ids, type_ids, lengths = array("i"), array("B"), array("q")  # grow in place: nothing is held in memory twice
     for chunk in texts.iter(10_000):
         encoded = tokenizer(*chunk.values(), truncation=True, max_length=max_length, return_attention_mask=False)
@@ -443,10 +436,8 @@ class Tokens:
         """The examples from start to stop, without copying their tokens."""
         first, last = int(self.lengths[:start].sum()), int(self.lengths[:stop].sum())
         type_ids = None if self.type_ids is None else self.type_ids[first:last]
-        offsets = self.offsets[start : stop + 1] - first
-        return replace(
-            self, ids=self.ids[first:last], type_ids=type_ids, offsets=offsets, lengths=self.lengths[start:stop]
-        )
+        offsets, lengths = self.offsets[start : stop + 1] - first, self.lengths[start:stop]
+        return replace(self, ids=self.ids[first:last], type_ids=type_ids, offsets=offsets, lengths=lengths)
 
     def batch(self, rows):
         """Cut rows ([B] int64, on the host) out of the flat arrays and pad them, without a loop over examples.
@@ -621,10 +612,8 @@ def keep_layers(model, count):
 def class_names(config):
     """A model's own class names, in the order of its outputs."""
     names = [config.id2label.get(output) for output in range(config.num_labels)]
-    found = (
-        f"id2label in config.json of {config.name_or_path} counts its classes {', '.join(map(str, config.id2label))}"
-    )
-    check((None not in names, f"{found}: it must count them from 0"))
+    found = ", ".join(map(str, config.id2label))
+    check((None not in names, f"id2label in config.json of {config.name_or_path} must begin with 0, not be {found}"))
     return names
 
 
@@ -663,14 +652,12 @@ def are_unnamed(names):
 
 def same_tokenizer(first, second):
     """Whether two tokenizers give the same tokens, so that a text need be tokenized only once."""
-    one, other = (
-        (
-            tokenizer.model_input_names,
-            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
-        )
-        for tokenizer in (first, second)
-    )
-    return one == other
+
+    def key(tokenizer):
+        own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+        return own, tokenizer.model_input_names
+
+    return key(first) == key(second)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

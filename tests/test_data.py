@@ -329,7 +329,7 @@ def test_unlabeled_text_leaves_out_what_is_scored(scored, write):
 
 def test_unlabeled_columns(scored, write_csv, tmp_path):
     path = write_csv("more.csv", [("new", "x"), ("", "y")], ("review", "label"))
-    with pytest.raises(UserError, match=r"no column 'text', only review, label .*or rename the columns"):
+    with pytest.raises(UserError, match=r"no column 'text', only review, label .*or rename it"):
         data.load_unlabeled(scored, path)
     texts, left_out = data.load_unlabeled(
         scored, write_csv("other.csv", [("new", 0), ("", 1), ("None", 1)], ("review", "label"))
@@ -340,7 +340,7 @@ def test_unlabeled_columns(scored, write_csv, tmp_path):
     texts, _ = data.load_unlabeled(scored, str(tmp_path / "large.parquet"))
     assert texts.features == scored["train"].texts.features and texts["text"][:] == ["new"]
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(UserError, match=r"column 'text' in .* is not text"):
+    with pytest.raises(UserError, match=r"column 'text' in .* holds int64, not text"):
         data.load_unlabeled(scored, str(tmp_path / "numbers.parquet"))
     with pytest.raises(UserError, match="one file with one split, train, not 'dev'"):
         data.load_unlabeled(scored, path, split_name="dev")
@@ -406,7 +406,7 @@ def test_refuses_training_data(write_csv, rows, message):
         ("latin.jsonl", '{"text":"a","label":0}\n{"text":"é","label":1}\n'.encode("latin-1"), "line 2 is not UTF-8"),
         ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 is not JSON"),
         ("nested.json", '{"data": [{"text":"a","label":0}]}', "no column 'text', only data"),
-        ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "the labels in .* are list"),
+        ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds List"),
         ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers or strings"),
         ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
         ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
@@ -653,7 +653,7 @@ def test_classes_that_do_not_count_from_0(save_tiny, capsys):
     folder = save_tiny("model")
     change_config(folder, id2label={"1": "negative", "2": "positive"}, label2id={"negative": 1, "positive": 2})
     model, _ = data.load_model(folder)
-    with pytest.raises(UserError, match=r"id2label in .*model.* counts its classes 1, 2: it must count them from 0"):
+    with pytest.raises(UserError, match=r"id2label in .*model must begin with 0, not be 1, 2"):
         data.class_names(model.config)
     data.load_model(folder, ["negative", "positive"])
     assert "in another order (negative, positive): its head is new" in capsys.readouterr().out
