@@ -9,6 +9,7 @@ import csv
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
@@ -22,7 +23,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -84,46 +84,40 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def select(self, rows):
-        return Split(self.texts.select(rows), self.labels[rows])
-
 
 def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=None, label_column="label", seed=0):
     """Read the splits of a data set and check that a classifier can be trained and scored on them.
 
-    A single file has one split, "train". Where "validation" is asked of it, a tenth of each class is held out.
-
     Args:
         dataset_id: a Hub id, a local folder, a local file (see FORMATS), or the word "demo".
         split_names: role to split name, by default {"train": "train", "eval": "validation"}; a slice such as
-            "train[:90%]" is a split name too.
+            "train[:90%]" is a split name too. A single file has one split, "train": where "validation" is asked of it,
+            a tenth of each class is held out.
         seed: of the tenth that is held out.
 
-    Returns:
-        (splits, class_names): role to Split, and the class names in the order of the label ids: those of the data
-        set's ClassLabel, else the training split's labels, sorted.
-
-    Raises:
-        UserError: the data set cannot be read, or something in it cannot be trained on.
+    Returns (splits, class_names): role to Split, and the class names in the order of the label ids, those of the data
+    set's ClassLabel, else the training split's labels, sorted. Raises UserError: it cannot be read or trained on.
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
-    one_file = os.path.isfile(os.path.expanduser(dataset_id))
     splits, class_names, known, seen = {}, None, None, None
     for role, name in split_names.items():  # the training split comes first
-        if role == "eval" and name == "validation" and one_file:
+        if role == "eval" and name == "validation" and Path(dataset_id).expanduser().is_file():
             splits |= hold_out(splits["train"], seed)
             continue
         table, where = read_split(dataset_id, dataset_config, name)
-        if text_columns is None:
-            text_columns = find_text_columns(table, label_column, where)
-        for column in (*text_columns, label_column):
-            check((column in table.column_names, no_column(column, table, where)))
-        texts, labels = table.select_columns(list(text_columns)), read_labels(table, label_column, where)
-        check_texts(texts, where)
+        text_columns = text_columns or find_text_columns(table, label_column, where)
+        texts, labels = select_texts(table, text_columns, where), read_labels(table, label_column, where)
+        for column in text_columns:
+            row = pc.index(matches(texts, column, r"[^\s\pC\pZ]"), False).as_py() + 1  # without a visible character
+            check((not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row"))
         if class_names is None:
             class_names, known = classes_of(labels, table.features[label_column], where)
-        check_known(labels, seen or known, where)
-        seen = seen or pc.unique(labels).to_pylist()
+        row = pc.index(pc.is_in(labels, value_set=pa.array(seen or known)), False).as_py()
+        if row >= 0:
+            hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
+            found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
+            raise UserError(f"{found}, does not occur in training: {', '.join(seen or known)}")
+        seen = seen or sorted(pc.unique(labels).to_pylist(), key=known.index)
         check((len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes"))
         splits[role] = Split(texts, torch.tensor(pc.index_in(labels, pa.array(known)).to_pylist()))
     check_scored(splits, split_names, class_names)
@@ -131,41 +125,53 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
 
 
 def no_column(column, table, where):
-    columns = f"{', '.join(table.column_names)} (of a csv file: its first line)"
-    return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column"
+    columns = f"{', '.join(table.column_names)} (a csv file's first line names its columns)"
+    return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column, or rename it"
 
 
 def find_text_columns(table, label_column, where):
-    """The names of the text columns: well-known ones, else the only column of strings."""
+    """The names of the text columns: well-known ones, else the only column of text."""
     others = [name for name in table.column_names if name != label_column]
-    strings = [name for name in others if is_text(table.features[name])]
-    for names in (*KNOWN_TEXT_COLUMNS, strings):
-        if set(names) <= set(others) and (names in KNOWN_TEXT_COLUMNS or len(names) == 1):
+    for names in KNOWN_TEXT_COLUMNS:
+        if set(names) <= set(others):
             return list(names)
-    raise UserError(no_column("text", table, where))
+    found = prose(table, others)
+    check((len(found) == 1, no_column("text", table, where)))
+    return found
+
+
+def prose(table, names):
+    """Those of the columns that hold text, and not only numbers: in a csv file these are strings too."""
+    strings = [name for name in names if is_text(table.features[name])]
+    return [name for name in strings if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]
+
+
+def matches(table, name, pattern):
+    return pc.fill_null(pc.match_substring_regex(column_of(table, name), pattern), False)
 
 
 def is_text(feature):
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def check_texts(texts, where):
-    """Raise UserError for a column that is not text, and for a text without a visible character."""
-    for name, feature in texts.features.items():
-        kind = getattr(feature, "dtype", feature)
-        check((is_text(feature), f"column '{name}' in {where} holds {kind}, not text: use --text_columns"))
-        visible = pc.fill_null(pc.match_substring_regex(column_of(texts, name), r"[^\s\pC\pZ]"), False)
-        row = pc.index(visible, False).as_py() + 1
-        check((not row, f"empty text in {where}, column '{name}', row {row}: fill it or remove the row"))
+def select_texts(table, names, where):
+    """The text columns alone. Raises UserError for one that is missing, or holds something else."""
+    for name in names:
+        check((name in table.column_names, no_column(name, table, where)))
+        kind = getattr(table.features[name], "dtype", table.features[name])
+        check((is_text(table.features[name]), f"column '{name}' in {where} holds {kind}, not text: use --text_columns"))
+    return table.select_columns(list(names))
 
 
 def read_labels(table, label_column, where):
     """The labels as a pyarrow array of strings, without blanks around them. Whole numbers may be stored as floats."""
+    check((label_column in table.column_names, no_column(label_column, table, where)))
     labels = column_of(table, label_column)
     if pa.types.is_floating(labels.type):
-        whole = pc.all(pc.equal(labels, pc.floor(labels))).as_py()
-        check((whole, f"the labels in {where} are floats: this trains classifiers, not regression"))
-        labels = labels.cast(pa.int64())
+        try:
+            labels = labels.cast(pa.int64())
+        except pa.ArrowInvalid:
+            raise UserError(f"the labels in {where} are floats: this trains classifiers, not regression") from None
     classes = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     fits = any(test(labels.type) for test in classes) or len(labels) == labels.null_count
     check((fits, f"the labels in {where} are {labels.type}, not integers or strings: use --label_column"))
@@ -194,25 +200,17 @@ def classes_of(labels, feature, where):
     return names, names
 
 
-def check_known(labels, known, where):
-    """Raise UserError for a label that is none of the training split's."""
-    row = pc.index(pc.is_in(labels, value_set=pa.array(known)), False).as_py()
-    if row >= 0:
-        hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
-        found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
-        raise UserError(f"{found}, does not occur in training: {', '.join(known)}")
-
-
 def hold_out(split, seed):
     """Draw a tenth of each class at random. A class of five examples or fewer stays in training whole."""
     generator, drawn = np.random.default_rng(seed), []
     for label in split.labels.unique():
         rows = generator.permutation(np.flatnonzero(split.labels == label))
         drawn.extend(rows[: round(len(rows) / 10)])
-    check((drawn, "too few examples to hold out a tenth of each class: give a validation split, see --eval_split"))
+    enough = len(split.labels[drawn].unique()) > 1
+    check((enough, "too few examples to hold out a tenth of each class: give a validation split, see --eval_split"))
     print(f"a tenth of each class, {len(drawn):,} examples, is held out as eval split")
-    kept = np.setdiff1d(np.arange(len(split)), drawn)
-    return {"train": split.select(kept), "eval": split.select(np.sort(drawn))}
+    rows = {"train": np.setdiff1d(np.arange(len(split)), drawn), "eval": np.sort(drawn)}
+    return {role: Split(split.texts.select(rows[role]), split.labels[rows[role]]) for role in rows}
 
 
 def check_scored(splits, split_names, class_names):
@@ -235,22 +233,13 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
 
     Examples that also occur in the eval or test split are left out: the student must not train on what it is scored on.
 
-    Returns:
-        (texts, left_out): a datasets.Dataset with the columns of splits["train"].texts, and the number of examples
-        left out for each reason.
+    Returns a datasets.Dataset with the columns of splits["train"].texts, and how many were left out, by reason.
     """
     table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     names = wanted = splits["train"].texts.column_names
-    strings = [name for name, feature in table.features.items() if is_text(feature)]
-    if len(wanted) == 1 and wanted[0] not in table.column_names and len(strings) == 1:
-        names = strings  # a single text column may have another name here
-    for name in names:
-        check(
-            (name in table.column_names, no_column(name, table, where) + ", or rename the columns"),
-            (is_text(table.features.get(name)), f"column '{name}' in {where} is not text"),
-        )
-    texts = table.select_columns(names).rename_columns(dict(zip(names, wanted, strict=True)))
-
+    if len(wanted) == 1 and wanted[0] not in table.column_names and len(prose(table, table.column_names)) == 1:
+        names = prose(table, table.column_names)  # a single text column may have another name here
+    texts = select_texts(table, names, where).rename_columns(dict(zip(names, wanted, strict=True)))
     scored = set(chain.from_iterable(normalized(split.texts) for role, split in splits.items() if role != "train"))
     kept, left_out = [], {"also in eval or test": 0, "empty": 0}
     for row, key in enumerate(normalized(texts)):
@@ -285,7 +274,7 @@ def normalize(text):
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 # A folder's files are found exactly by these names: train_old.csv is none of them.
-SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "dev", "eval"], "test": ["test"]}
+SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
 
 
 def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
@@ -294,89 +283,115 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     Returns (table, where): a datasets.Dataset, and the words that error messages name it with.
     """
     name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
-    file = None if dataset_id == "demo" else find_file(dataset_id, name)
-    where = f"split '{split_name}' of {file or dataset_id}"
+    path = Path(dataset_id).expanduser()
+    file = None if dataset_id == "demo" else find_file(path, dataset_id, name)
+    if file:
+        check(
+            (not dataset_config, f"{file} is a file and has no configurations: leave out --{flag}_config"),
+            (file.stat().st_size, f"{file} is empty"),
+            (not is_pointer(file), f"{file} is a pointer of Git LFS: run git lfs pull"),
+        )
+    loader = file and FORMATS[file.suffix.lower()]
+    where = f"split '{split_name}' of {file or dataset_id}" + (", counted within it," if "[" in split_name else "")
     try:
         if dataset_id == "demo":
             table = take(read_demo(flag), split_name)
+        elif file is None and (path / "state.json").is_file():
+            table = take({"train": datasets.load_from_disk(path)}, split_name)  # a Dataset of save_to_disk()
         elif file is None:
             table = datasets.load_dataset(os.path.expanduser(dataset_id), dataset_config, split=split_name)
-        elif FORMATS[file.suffix.lower()] == "csv":
+            # It would take "null" for nothing, "01" for 1, and drop a column where a text holds a comma.
+            guessed = path.is_dir() and table.info.builder_name == "csv"
+            check((not guessed, "its csv files are found by the name of the split, such as train.csv: rename them"))
+        elif loader == "csv":
             table = take({name: datasets.Dataset(read_csv(file))}, split_name)
         else:
-            loader, data_files = FORMATS[file.suffix.lower()], {name: str(file)}
+            if loader != "parquet":
+                check((not (line := bad_line(file, bytes.decode)), f"line {line} is not UTF-8: save the file as UTF-8"))
             encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
-            table = datasets.load_dataset(loader, data_files=data_files, split=split_name, **encoding)
-    except UserError:
-        raise
+            table = datasets.load_dataset(loader, data_files={name: str(file)}, split=split_name, **encoding)
+        table = table.rename_columns({name: name.strip() for name in table.column_names if name != name.strip()})
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
         cause = error
         while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
             cause = cause.__cause__
-        hint = f"check --{flag}_id, --{flag}_config and the splits (slices such as 'train[:90%]' work too)"
+        hint = f"; check --{flag}_id, --{flag}_config and the splits (slices such as 'train[:90%]' work too)"
         if isinstance(error, ConnectionError):
-            hint = "without the Hub, give a local folder or file, or try --demo"
-        elif file:
-            hint = how_to_mend(file)
-        # To pyarrow the header is row 1.
-        reason = re.sub(r"Row #(\d+)", lambda match: f"row {int(match[1]) - 1}", one_line(cause))
-        raise UserError(f"cannot read {where}: {reason}; {hint}") from error
+            hint = "; without the Hub, give a local folder or file, or try --demo"
+        elif isinstance(error, UserError):
+            hint = ""
+        elif any(map(is_pointer, path.rglob("*.*"))):
+            hint = "; its files are pointers of Git LFS: run git lfs pull"
+        elif file and file.suffix.lower() == ".jsonl" and (line := bad_line(file, json.loads)):
+            cause, hint = f"line {line} is not JSON", ""  # pyarrow would count from 0, and anew in every 10 MB
+        raise UserError(f"cannot read {where}: {one_line(cause)}{hint}") from error
     check((len(table), f"{where} has no data"))
     return table, where
 
 
-def find_file(dataset_id, name):
+def find_file(path, dataset_id, name):
     """The local file that holds a split; None for a Hub id, and for a folder laid out as on the Hub."""
-    path = Path(dataset_id).expanduser()
     if path.is_file():
         check(
             (path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}"),
-            (path.stat().st_size, f"{path} is empty"),
             (name == "train", f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'"),
         )
         return path
     local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
     check((path.is_dir() or not local, f"no such file or folder: {dataset_id}"))
-    files = [file for file in sorted(path.glob("*")) if file.suffix.lower() in FORMATS]
+    files = [file for file in sorted(path.glob("*")) if file.suffix.lower() in FORMATS and file.is_file()]
     for stem in SPLIT_FILES.get(name, [name]):
-        found = [file for file in files if file.stem == stem]
+        found = [file for file in files if file.stem.lower() == stem]
         check((len(found) < 2, f"{path} holds the split '{name}' more than once: {', '.join(map(str, found))}"))
         if found:
             return found[0]
-    known = {file.stem for file in files} & set(chain.from_iterable(SPLIT_FILES.values()))
-    check((not known, f"{path} has no file of the split '{name}', only of {', '.join(sorted(known))}"))
+    known = {file.stem.lower() for file in files} & set(chain.from_iterable(SPLIT_FILES.values()))
+    others = f"only of {', '.join(sorted(known))}: see --eval_split, and cut one, as in 'train[:90%]'"
+    check((not known, f"{path} has no file of the split '{name}', {others}"))
     return None
 
 
 def read_csv(file):
-    """A csv or tsv file as a pyarrow.Table of strings as they stand: "01" and "NA" are text.
+    """A csv or tsv file as a pyarrow.Table of strings as they stand: "01" and "NA" are text. Raises UserError.
 
     The separator is the one of comma, semicolon and tab that the header has. In a tsv file, such as GLUE's, a quotation
     mark is a character like any other.
     """
-    tsv = file.suffix.lower() == ".tsv"
-    with open(file, encoding="utf-8-sig") as lines:
-        header = lines.readline().rstrip("\n")
-    separator = "\t" if tsv else max(",;\t", key=header.count)
-    names = header.split("\t") if tsv else next(csv.reader([header], delimiter=separator))
-    check((len(set(names)) == len(names), f"two columns of {file} have the same name: rename one"))
-    table = pyarrow.csv.read_csv(
-        file,
-        pyarrow.csv.ReadOptions(use_threads=False),  # so that an error names its row
-        pyarrow.csv.ParseOptions(delimiter=separator, quote_char=not tsv and '"', newlines_in_values=not tsv),
-        pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names}),
-    )
-    return table.rename_columns([name.strip() for name in names])
+    tsv, rows = file.suffix.lower() == ".tsv", []
+    quoting = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True}  # else a lone quotation mark swallows rows
+    csv.field_size_limit(2**31 - 1)
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        header = lines.readline()
+        separator = max("\t" if tsv else ",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
+        try:
+            for fields in filter(None, csv.reader(chain([header], lines), delimiter=separator, **quoting)):
+                rows.append(fields)
+        except csv.Error as error:
+            raise UserError(f"row {len(rows)}: {error}; inside quotes, a quotation mark is written twice") from None
+    for row, fields in enumerate(rows):  # the header is row 0
+        if re.search("[\udc80-\udcff]", "".join(fields)):
+            raise UserError(f"{f'row {row}' if row else 'the header'} is not UTF-8: save the file as UTF-8")
+        if len(fields) != len(rows[0]):
+            counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
+            raise UserError(f"{counts}: put quotes around texts that hold a '{separator}'")
+    names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
+    check((len(set(names)) == len(names), "two columns have the same name: rename one"))
+    return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
 
-def how_to_mend(file):
-    """What to do about a file that cannot be read."""
-    if FORMATS[file.suffix.lower()] == "csv":
-        return "put quotes around texts that hold the separator, and save the file as UTF-8"
-    others = [row for row, line in enumerate(file.open("rb"), 1) if line.decode(errors="ignore").encode() != line]
-    if others and file.suffix.lower() != ".parquet":
-        return f"row {others[0]} is not UTF-8: save the file as UTF-8"
-    return "is it in the format that its name says?"
+def bad_line(file, parse):
+    """The number of the first line that parse() refuses."""
+    for number, line in enumerate(file.open("rb"), 1):
+        try:
+            parse(line.strip() or b"0")
+        except ValueError:  # of which Unicode's and JSON's are special cases
+            return number
+    return None
+
+
+def is_pointer(file):
+    """Whether a clone holds, in place of a large file, what Git LFS needs to download it."""
+    return file.is_file() and file.open("rb").read(20) == b"version https://git-"
 
 
 def take(tables, split_name):
@@ -386,11 +401,11 @@ def take(tables, split_name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenise, bucket, pad
+# Tokens and batches
 
 
 def tokenize(tokenizer, texts, max_length):
-    """Tokenise a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens."""
+    """Tokenize a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens."""
     ids, type_ids, lengths = array("i"), array("B"), array("q")  # grow in place: nothing is held in memory twice
     for chunk in texts.iter(10_000):
         encoded = tokenizer(*chunk.values(), truncation=True, max_length=max_length, return_attention_mask=False)
@@ -438,10 +453,8 @@ class Tokens:
         """The examples from start to stop, without copying their tokens."""
         first, last = int(self.lengths[:start].sum()), int(self.lengths[:stop].sum())
         type_ids = None if self.type_ids is None else self.type_ids[first:last]
-        offsets = self.offsets[start : stop + 1] - first
-        return replace(
-            self, ids=self.ids[first:last], type_ids=type_ids, offsets=offsets, lengths=self.lengths[start:stop]
-        )
+        offsets, lengths = self.offsets[start : stop + 1] - first, self.lengths[start:stop]
+        return replace(self, ids=self.ids[first:last], type_ids=type_ids, offsets=offsets, lengths=lengths)
 
     def batch(self, rows):
         """Cut rows ([B] int64, on the host) out of the flat arrays and pad them, without a loop over examples.
@@ -518,7 +531,7 @@ def load_model(model_id, classes=None, seed=0):
     check((here or not folder.startswith((".", "/")), missing))
     try:
         config = load_config(folder)
-        own = class_names(config)
+        own = config.id2label
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -531,18 +544,24 @@ def load_model(model_id, classes=None, seed=0):
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    except UserError:
-        raise
     except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
-        hint = "" if here else "; no local folder has that name; offline, try --demo"
-        if any(file.open("rb").read(20) == b"version https://git-" for file in Path(folder).glob("*.*")):
-            hint = "; its weights are pointers of Git LFS: run git lfs pull"
-        raise UserError(f"cannot load {model_id}: {one_line(error)}{hint}") from error
+        reason, hint = one_line(error), "" if here else "; no local folder has that name; offline, try --demo"
+        if any(map(is_pointer, Path(folder).glob("*"))):
+            hint = "; its files are pointers of Git LFS: run git lfs pull"
+        elif "tiktoken" in reason or "Error parsing line" in reason:  # what transformers takes a spm.model for, then
+            reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
+        raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
-    if classes and len(own) == len(classes) and match_classes(own, classes) != list(range(len(classes))):
-        print(f"{model_id} has other classes, or these in another order ({', '.join(own)}): its head is new")
-        encoder, model = model.base_model, AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        model.base_model.load_state_dict(encoder.state_dict())
+    if classes:
+        order = match_classes([str(own.get(output)) for output in range(len(own))], classes)
+        crossed = len(own) == len(classes) and order != list(range(len(classes)))
+        if crossed or report["mismatched_keys"]:
+            names = ", ".join(map(str, own.values()))
+            print(f"{model_id} has other classes, or these in another order ({names}): its head is new")
+        if crossed:
+            encoder = model.base_model.state_dict()
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            model.base_model.load_state_dict(encoder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
     accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
@@ -566,13 +585,11 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))
     # Without a vocabulary file transformers makes up a tokenizer that knows only [UNK] and other special tokens.
     known = len(tokenizer) > len(tokenizer.all_special_ids) and tokenizer.pad_token_id is not None
+    fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
     check(
         (not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}"),
         (known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token"),
-        (
-            len(tokenizer) <= model.get_input_embeddings().num_embeddings,
-            f"the tokenizer of {model_id} has more tokens than the model: they do not belong together",
-        ),
+        (fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together"),
     )
     lost = sorted(name for name in report["missing_keys"] if not classes or name.startswith(encoder))
     if lost:
@@ -613,7 +630,7 @@ def class_names(config):
     """A model's own class names, in the order of its outputs."""
     names = [config.id2label.get(output) for output in range(config.num_labels)]
     found = ", ".join(map(str, config.id2label))
-    check((None not in names, f"id2label in a model's config.json must count its classes from 0, not {found}"))
+    check((None not in names, f"id2label in config.json of {config.name_or_path} must begin with 0, not be {found}"))
     return names
 
 
@@ -626,7 +643,7 @@ def adopt_classes(teacher, data_names, splits):
     check((order is not None, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}"))
     for split in splits.values():
         split.labels = torch.tensor(order)[split.labels]
-    if names != data_names and (are_unnamed(names) or are_unnamed(data_names)):
+    if sorted(order) == order and theirs.casefold() != ours.casefold():
         print(f"assumed to be in the same order: the teacher's classes ({theirs}) and the data set's ({ours})")
     return names if are_unnamed(data_names) else [data_names[order.index(output)] for output in range(len(order))]
 
@@ -636,14 +653,13 @@ def match_classes(model_names, class_names):
 
     Where one side has no names, they are matched by their order.
     """
-    if len(model_names) == len(class_names) and (are_unnamed(model_names) or are_unnamed(class_names)):
-        return list(range(len(model_names)))
     for spelling in (str, str.casefold):  # first exactly, then with "POSITIVE" the same as "positive"
         ours = [spelling(name) for name in class_names]
         theirs = [spelling(name) for name in model_names]
         if sorted(ours) == sorted(theirs):
             return [theirs.index(name) for name in ours]
-    return None
+    unnamed = are_unnamed(model_names) or are_unnamed(class_names)
+    return list(range(len(model_names))) if unnamed and len(model_names) == len(class_names) else None
 
 
 def are_unnamed(names):
@@ -653,8 +669,12 @@ def are_unnamed(names):
 
 def same_tokenizer(first, second):
     """Whether two tokenizers give the same tokens, so that a text need be tokenized only once."""
-    one, other = [(tokenizer.backend_tokenizer.to_str(), tokenizer.model_input_names) for tokenizer in (first, second)]
-    return one == other
+
+    def key(tokenizer):
+        own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+        return own, tokenizer.model_input_names
+
+    return key(first) == key(second)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

