@@ -407,7 +407,7 @@ def test_refuses_training_data(write_csv, rows, message):
         ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 is not JSON"),
         ("nested.json", '{"data": [{"text":"a","label":0}]}', "no column 'text', only data"),
         ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds List"),
-        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers or strings|number to string;"),
+        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers|number to string;"),
         ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
         ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
         ("floats.jsonl", '{"text":"a","label":0.5}\n{"text":"b","label":1}\n', "floats: .* not regression"),
