@@ -275,7 +275,7 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
             (not is_pointer(file), f"{file} is a pointer of Git LFS: run git lfs pull"),
         )
     loader = file and FORMATS[file.suffix.lower()]
-    where = f"split '{split_name}' of {file or dataset_id}" + (", counted within it," if "[" in split_name else "")
+    where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
     try:
         if dataset_id == "demo":
             table = take(read_demo(flag), split_name)

@@ -446,6 +446,12 @@ def test_refuses_scored_data(write_csv, tmp_path, rows, message):
     assert re.search(message, refusal(str(tmp_path / "set")))
 
 
+def test_rows_of_a_slice_are_counted_from_its_start(write_csv):
+    path = write_csv("a.csv", [*GOOD, ("x", 0), ("", 1)])
+    line = refusal(path, split_names={"train": "train[:4]", "eval": "train[4:]"})
+    assert f"empty text in split 'train[4:]' of {path} (its rows count from 1), column 'text', row 2" in line
+
+
 def test_refuses_classes_that_only_eval_has(tmp_path):
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b", "c"])}
