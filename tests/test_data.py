@@ -183,7 +183,7 @@ def test_blanks_around_labels_and_column_names(write, tmp_path):
     assert read(str(tmp_path / "a.parquet")) == (["a", "b"], ["0", "1"])
 
 
-EXCEL = b'\xef\xbb\xbftext;label\r\n"gut; sehr ""gut""\r\nwirklich";1\r\nschlecht, sehr;0\r\n'
+EXCEL = b'\xef\xbb\xbflabel;text\r\n1;"gut; sehr ""gut""\r\nwirklich"\r\n0;schlecht, sehr\r\n'
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def scored(write_csv):
 
 
 def test_unlabeled_text_leaves_out_what_is_scored(scored, write):
-    lines = "\ufeffAnother one\nnew\n\na SCORED sentence.\nfine\n  \n\tthe  last \n\u200b\u2060\nnew\nAnother\nNA\n"
+    lines = "\ufeffnew\nAnother one\n\na SCORED sentence.\nfine\n  \n\tthe  last \n\u200b\u2060\nnew\nAnother\nNA\n"
     texts, left_out = data.load_unlabeled(scored, write("more.TXT", lines))
     assert texts["text"][:] == ["new", "fine", "new", "Another", "NA"]
     assert left_out == {"also in eval or test": 3, "empty": 3}
