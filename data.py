@@ -292,7 +292,7 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
             (not is_pointer(file), f"{file} is a pointer of Git LFS: run git lfs pull"),
         )
     loader = file and FORMATS[file.suffix.lower()]
-    where = f"split '{split_name}' of {file or dataset_id}" + (", counted within it," if "[" in split_name else "")
+    where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
     try:
         if dataset_id == "demo":
             table = take(read_demo(flag), split_name)
@@ -323,8 +323,9 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
         elif any(map(is_pointer, path.rglob("*.*"))):
             hint = "; its files are pointers of Git LFS: run git lfs pull"
         elif file and file.suffix.lower() == ".jsonl" and (line := bad_line(file, json.loads)):
-            cause, hint = f"line {line} is not JSON", ""  # pyarrow would count from 0, and anew in every 10 MB
-        raise UserError(f"cannot read {where}: {one_line(cause)}{hint}") from error
+            cause, hint = f"line {line} is not JSON", ""
+        reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts JSON's from 0, and anew in every 10 MB
+        raise UserError(f"cannot read {where}: {reason}{hint}") from error
     check((len(table), f"{where} has no data"))
     return table, where
 

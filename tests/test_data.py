@@ -183,7 +183,7 @@ def test_blanks_around_labels_and_column_names(write, tmp_path):
     assert read(str(tmp_path / "a.parquet")) == (["a", "b"], ["0", "1"])
 
 
-EXCEL = b'\xef\xbb\xbftext;label\r\n"gut; sehr ""gut""\r\nwirklich";1\r\nschlecht, sehr;0\r\n'
+EXCEL = b'\xef\xbb\xbflabel;text\r\n1;"gut; sehr ""gut""\r\nwirklich"\r\n0;schlecht, sehr\r\n'
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def scored(write_csv):
 
 
 def test_unlabeled_text_leaves_out_what_is_scored(scored, write):
-    lines = "\ufeffAnother one\nnew\n\na SCORED sentence.\nfine\n  \n\tthe  last \n\u200b\u2060\nnew\nAnother\nNA\n"
+    lines = "\ufeffnew\nAnother one\n\na SCORED sentence.\nfine\n  \n\tthe  last \n\u200b\u2060\nnew\nAnother\nNA\n"
     texts, left_out = data.load_unlabeled(scored, write("more.TXT", lines))
     assert texts["text"][:] == ["new", "fine", "new", "Another", "NA"]
     assert left_out == {"also in eval or test": 3, "empty": 3}
@@ -361,7 +361,7 @@ def test_unlabeled_pairs(write_csv):
 
 
 def test_the_demos_unlabeled_text(scored):
-    texts = data.load_unlabeled(scored, "demo")[0]["text"][:]
+    texts = data.read_demo("unlabeled")["train"]["text"][:]
     assert len(texts) == 269_256 == len({text.lower() for text in texts})
     assert texts[0] == FIRST_UNLABELED and all(5 <= len(text.split()) <= 40 for text in texts)
     some, _ = data.load_unlabeled(scored, "demo", split_name="train[1000:1010]")
@@ -407,7 +407,7 @@ def test_refuses_training_data(write_csv, rows, message):
         ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 is not JSON"),
         ("nested.json", '{"data": [{"text":"a","label":0}]}', "no column 'text', only data"),
         ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds List"),
-        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers or strings"),
+        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers|number to string;"),
         ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
         ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
         ("floats.jsonl", '{"text":"a","label":0.5}\n{"text":"b","label":1}\n', "floats: .* not regression"),
@@ -444,6 +444,12 @@ def test_refuses_scored_data(write_csv, tmp_path, rows, message):
     write_csv("set/train.csv", GOOD)
     write_csv("set/validation.csv", rows)
     assert re.search(message, refusal(str(tmp_path / "set")))
+
+
+def test_rows_of_a_slice_are_counted_from_its_start(write_csv):
+    path = write_csv("a.csv", [*GOOD, ("x", 0), ("", 1)])
+    line = refusal(path, split_names={"train": "train[:4]", "eval": "train[4:]"})
+    assert f"empty text in split 'train[4:]' of {path} (its rows count from 1), column 'text', row 2" in line
 
 
 def test_refuses_classes_that_only_eval_has(tmp_path):
