@@ -50,6 +50,7 @@ def fails(run, capsys):
     """fails("--flag", value, ...): the one line with which bench.main ends, its exit code being 2."""
 
     def message(*arguments):
+        capsys.readouterr()  # what came before, such as the bar of a model that was saved
         with pytest.raises(SystemExit) as exit:
             run(*arguments)
         output = capsys.readouterr()
