@@ -1,4 +1,4 @@
-"""Parameters, bytes, latency and accuracy of a teacher and its students, as a Markdown table.
+"""Parameters, megabytes, latency and accuracy of a teacher and its students, as a Markdown table.
 
     python bench.py --demo                                       # what `python distill.py --demo` has left in outputs
     python bench.py --teacher_id T --student_id S1,S2 --dataset_id nyu-mll/glue --dataset_config sst2
@@ -7,9 +7,7 @@ Models are measured as they would be served: in eval mode, under inference_mode,
 All of them get the same texts, each batch padded to its longest.
 """
 
-import argparse
 import copy
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -19,116 +17,106 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import data
 import distill
-from data import UserError
+from distill import flag
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# Flags
 
-# What --demo changes; a flag given beside it still wins. The test split, since validation chose the student's epoch.
-DEMO = {"teacher_id": "./outputs/teacher", "student_id": ["./outputs"], "dataset_id": "demo", "eval_split": "test"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse_args(argv=None):
-    """Parse the command line. An error ends the program: one line on stderr, exit code 2."""
-    parser = argparse.ArgumentParser(
-        description="Measure the size, latency and accuracy of a teacher and its students.",
-        formatter_class=distill.DefaultsFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = distill.fail
-    boolean = {"type": distill.true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
-    add = parser.add_argument
+@dataclass
+class Config:
+    """Measure the size, latency and accuracy of a teacher and its students. Lists are comma-separated."""
+
     # Models
-    add("--teacher_id", help="Hub id or local folder: the model that the students are compared with")
-    add("--student_id", type=list_of(str), default=[], help="Hub ids or local folders, comma-separated")
+    teacher_id: str = flag(None, "Hub id or local folder: the model that the students are compared with")
+    student_id: list = flag(None, "Hub ids or local folders")
     # Data
-    add("--dataset_id", help="Hub id, or local folder or file; without it there is no accuracy and no real length")
-    add("--dataset_config", help="configuration of a Hub data set")
-    add("--train_split", default="train", help="split that the class names are read from")
-    add("--eval_split", default="validation", help="split to score; slices such as 'test[:1000]' work")
-    add("--text_columns", type=distill.column_names, help="one or two columns, comma-separated (default: found)")
-    add("--label_column", default="label", help="column of the true labels")
-    add("--max_length", type=distill.at_least(int, 3), default=512, help="tokens an example, at most")
-    add(
-        "--demo",
-        **boolean,
-        default=False,
-        help="the demo's test split, and the models that the demo leaves in ./outputs",
-    )
+    dataset_id: str = flag(None, "Hub id, or local folder or file; without it there is no accuracy")
+    dataset_config: str = flag(None, "configuration of a Hub data set")
+    train_split: str = flag("train", "split that the class names are read from")
+    eval_split: str = flag("validation", "split to score; slices such as 'test[:1000]' work")
+    text_columns: list = flag(None, "one or two; by default found by their usual names")
+    label_column: str = flag("label", "column of the true labels")
+    max_length: int = flag(512, "tokens per example, at most", at_least=3)
+    demo: bool = flag(False, "the demo's test split, and the models that the demo leaves in ./outputs")
     # The grid of measurements; the headline is the first of each list
-    add("--batch_sizes", type=list_of(distill.at_least(int, 1)), default=[1, 8, 32, 128], help="examples per batch")
-    add(
-        "--lengths",
-        type=list_of(length),
-        help="tokens per example; real: the data's own (default: real, if there is data, then 16,64,128)",
-    )
-    add("--precision", type=list_of(str), default=["fp32"], help="of the weights: fp32, bf16, fp16")
-    add("--compile", **boolean, default=False, help="measure every model under torch.compile, too")
-    add("--onnx", **boolean, default=False, help="export every model, measure it in ONNX Runtime too, in fp32 and int8")
-    add(
-        "--min_run_time", type=distill.above_zero, default=0.5, help="seconds to time each model in each cell, at least"
-    )
+    batch_sizes: list = flag("1,8,32,128", "examples per batch")
+    lengths: list = flag(None, "tokens per example, or real: the data's own; by default real,16,64,128")
+    precision: list = flag("fp32", f"of the weights: {', '.join(DTYPES)}")
+    compile: bool = flag(False, "measure every model under torch.compile, too")
+    onnx: bool = flag(False, "export every model, measure it in ONNX Runtime too, in fp32 and int8")
+    min_run_time: float = flag(0.5, "seconds to time each model in each cell, at least", above=0)
     # Machine
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is a GPU")
-    add("--threads", type=distill.at_least(int, 1), default=torch.get_num_threads(), help="CPU threads")
+    device: str = flag("auto", "auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
+    threads: int = flag(torch.get_num_threads(), "CPU threads", at_least=1)
     # What a run leaves behind
-    add("--output", default="bench.json", help="JSON file of every figure")
-    add("--model_card", metavar="DIR", help="put the tables into DIR/README.md, in place of older ones")
+    output: str = flag("bench.json", "JSON file of every figure")
+    model_card: str = flag(None, "put the tables into DIR/README.md, in place of older ones", metavar="DIR")
 
-    args = parser.parse_args(argv)
-    if args.demo:
-        parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
-    if args.lengths is None:
-        args.lengths = ["real", 16, 64, 128] if args.dataset_id else [16, 64, 128]
-    args.command = shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
-    return args
+    def __post_init__(self):
+        self.student_id = self.student_id or []
+        self.lengths = self.lengths or (["real"] if self.dataset_id else []) + ["16", "64", "128"]
+        models = [self.teacher_id, *self.student_id]
+        numbers = [size for size in self.lengths if size != "real"]
+        data.check(
+            (self.teacher_id, "no model is named: give --teacher_id and --student_id, or use --demo"),
+            (len(set(models)) == len(models), "--student_id: a model is named twice"),
+            (all(size.isdecimal() and int(size) >= 1 for size in self.batch_sizes), "--batch_sizes: numbers from 1"),
+            (all(size.isdecimal() and int(size) >= 3 for size in numbers), "--lengths: numbers from 3, or 'real'"),
+            (self.dataset_id or numbers == self.lengths, "--lengths real needs a data set: give --dataset_id"),
+        )
+        self.batch_sizes = [int(size) for size in self.batch_sizes]
+        self.lengths = [size if size == "real" else int(size) for size in self.lengths]
 
+
+# The defaults under --demo. The test split, since validation chose the student's epoch.
+DEMO = {"teacher_id": "./outputs/teacher", "student_id": "./outputs", "dataset_id": "demo", "eval_split": "test"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def run(args):
+def run(args, device, conditions):
+    """Measure all models and report. Raises UserError."""
     torch.set_num_threads(args.threads)
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # read by the tokenizers when they first start threads
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 torch.compile silently runs eagerly
 
     # 1. Read.
     split = class_names = None
     if args.dataset_id:
         roles = {"train": args.train_split, "eval": args.eval_split}
-        splits, class_names = data.load_splits(
-            args.dataset_id, args.dataset_config, roles, args.text_columns, args.label_column
-        )
+        source = (args.dataset_id, args.dataset_config)
+        splits, class_names = data.load_splits(*source, roles, args.text_columns, args.label_column)
         split = splits["eval"]
     models = load_models(args, class_names)
+    args.max_length = min(args.max_length, *(model.tokenizer.model_max_length for model in models))
     texts = {cell: text_batches(split, *cell) for cell in itertools.product(args.batch_sizes, args.lengths)}
 
     # 2. Every model in every precision and runtime. All are on the device together, since they take turns.
     variants = []
     for precision in args.precision:
-        eager = [in_pytorch(model, precision, split, args) for model in models]
+        eager = [in_pytorch(model, precision, split, device, args) for model in models]
         variants += eager
         if args.compile:
-            variants += [compiled(variant) for variant in eager]
+            torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 torch.compile silently runs eagerly
+            variants += [replace(v, runtime="compiled", network=torch.compile(v.network, dynamic=True)) for v in eager]
     if args.onnx:
         exported = [variant for model in models for variant in in_onnx_runtime(model, split, args)]
         variants += sorted(exported, key=lambda variant: variant.precision)
@@ -139,55 +127,84 @@ def run(args):
     # 3. Measure and report.
     cells = []
     for (_, size), batches in tqdm(texts.items(), unit=" cells", leave=False, disable=None):
-        cells += measure_cell(variants, batches, size, args)
-    first_cell = zip(variants, cells[: len(variants)], strict=True)
-    rows = [{**cell, **variant.figures} for variant, cell in first_cell]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if args.onnx:
-        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
-    text = report(rows, cells, versions, args)
-    arguments = {**vars(args), "device": args.device.type}
-    distill.write_json(args.output, {"versions": versions, "arguments": arguments, "models": rows, "cells": cells})
+        cells += measure_cell(variants, batches, size, device, args)
+    rows = [{**cells[i], **variant.figures} for i, variant in enumerate(variants)]
+    text = report(rows, cells, conditions, args)
+    results = {**conditions, "arguments": asdict(args), "models": rows, "cells": cells}
+    distill.write(json.dumps(results, indent=2), Path(args.output))
     if args.model_card:
-        put_into_card(text, os.path.join(args.model_card, "README.md"))
-    print(text)
-    print(json.dumps({"models": rows}))
+        put_into_card(text, Path(args.model_card, "README.md"))
+    print(text, json.dumps({"models": rows}), sep="\n")
 
 
-@dataclass
+@dataclass(eq=False)  # so that it can be a key
 class Variant:
     """A model in one precision and one runtime: a row of the tables."""
 
     name: str
-    precision: str
-    runtime: str  # PyTorch, compiled or ONNX Runtime
-    network: Callable  # of a batch's inputs, by name
     tokenizer: transformers.PreTrainedTokenizerBase
-    figures: dict  # size and scores
+    order: list  # logits[:, order] are those of the data set's classes, or without a data set of the teacher's
+    network: Callable  # of a batch's inputs, by name
+    precision: str = "fp32"
+    runtime: str = "PyTorch"  # or compiled, or ONNX Runtime
+    figures: dict = field(default_factory=dict)  # size and scores
     logits: torch.Tensor | None = None  # [N, C] float32, on the CPU, of the evaluation split
 
 
-def in_pytorch(model, precision, split, args):
-    """A model of load_models() as a Variant."""
-    network = copy.deepcopy(model.loaded).to(args.device, DTYPES[precision])
-    variant = Variant(model.name, precision, "PyTorch", network, model.tokenizer, {**model.size})
+def load_models(args, class_names):
+    """The teacher, then the students, as Variants on the CPU: all have the same classes and read --lengths tokens."""
+    models = []
+    for name in (args.teacher_id, *args.student_id):
+        network, tokenizer = data.load_model(name)
+        own_names = data.class_names(network.config)
+        class_names = class_names or own_names
+        order = data.match_classes(own_names, class_names)
+        names, wanted, limit = ", ".join(own_names), ", ".join(class_names), tokenizer.model_max_length
+        longest = max(size for size in (3, *args.lengths) if size != "real")
+        data.check(
+            (order, f"{name} has the classes {names}, not {wanted}: leave it out, or rename them in its config.json"),
+            (longest <= limit, f"--lengths {longest}: {name} reads {limit} tokens at most"),
+        )
+        figures = {"parameters": network.num_parameters()}
+        figures["without_embeddings"] = network.num_parameters(exclude_embeddings=True)
+        models.append(Variant(name, tokenizer, order, network, figures=figures))
+    return models
+
+
+def in_pytorch(model, precision, split, device, args):
+    """A model of load_models() in this precision, on the device, with its logits."""
+    network = copy.deepcopy(model.network).to(device, DTYPES[precision])
+    weights = sum(tensor.nbytes for tensor in itertools.chain(network.parameters(), network.buffers()))
+    figures = {**model.figures, "megabytes": weights / 1e6}
+    variant = replace(model, network=network, precision=precision, figures=figures)
     if split:
-        tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(args.device)
+        tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(device)
         # "fp32" means no autocast here: the weights are already in their precision.
-        variant.logits = distill.predict(network, tokens, "fp32", model.name).cpu()[:, model.order]
+        variant.logits = distill.predict(network, tokens, "fp32").cpu()[:, model.order]
     return variant
-
-
-def compiled(variant):
-    network = torch.compile(variant.network, dynamic=True)
-    return replace(variant, runtime="compiled", network=network, figures={**variant.figures})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latency
 
+SAMPLE = 128  # texts of the data set, the same for all models; enough batches of one text for a p99
+MIN_CALLS = 5
 
-def measure_cell(variants, texts, size, args):
+
+def text_batches(split, batch_size, size):
+    """The texts of one cell of the grid: a list of batches, each a list of one or two columns of strings."""
+    if size != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `size`
+        return [[[" ".join(map(str, range(size)))] * batch_size]]
+    data.check((batch_size <= len(split), f"--batch_sizes {batch_size}: the split has only {len(split)} examples"))
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, batch_size)]
+    return [list(split.texts[part.tolist()].values()) for part in rows.split(batch_size) if len(part) == batch_size]
+
+
+def encode(tokenizer, columns, max_length):
+    return tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+
+
+def measure_cell(variants, texts, size, device, args):
     """Measure one cell of the grid, whose batches are `texts`: a dictionary for each variant.
 
     "model", "tokenizer" and "both" hold what describe() gives for the model alone, for turning text into padded
@@ -195,96 +212,77 @@ def measure_cell(variants, texts, size, args):
     """
     max_length = args.max_length if size == "real" else size
 
-    def tokenize(i, batch):
-        return encode(variants[i].tokenizer, texts[batch], max_length).to(args.device)
+    def tokenize(variant, i):
+        return encode(variant.tokenizer, texts[i], max_length).to(device)
 
-    def forward(i, batch):
-        return variants[i].network(**inputs[i][batch])
-
-    def both(i, batch):
-        return variants[i].network(**tokenize(i, batch))
-
-    inputs = [[tokenize(i, batch) for batch in range(len(texts))] for i in range(len(variants))]
+    numbers, batch_size = range(len(texts)), len(texts[0][0])
+    inputs = {variant: [tokenize(variant, i) for i in numbers] for variant in variants}
+    calls = {"model": lambda variant, i: variant.network(**inputs[variant][i])}
+    if size == "real":
+        calls["tokenizer"] = tokenize
+        calls["both"] = lambda variant, i: variant.network(**tokenize(variant, i))
+    times = {part: measure(call, variants, numbers, args.min_run_time, device) for part, call in calls.items()}
     cells = []
     for variant in variants:
         cell = {"name": variant.name, "precision": variant.precision, "runtime": variant.runtime}
-        cells.append({**cell, "batch_size": len(texts[0][0]), "length": size})
-    parts = {"model": forward, "tokenizer": tokenize, "both": both} if size == "real" else {"model": forward}
-    for part, call in parts.items():
-        calls = {i: functools.partial(call, i) for i in range(len(variants))}
-        times = measure(calls, range(len(texts)), args.min_run_time, args.threads)
-        for i, cell in enumerate(cells):
-            cell[part] = describe(times.get(i))
-    teacher = cells[0]["model"]
-    for cell, variant, batches in zip(cells, variants, inputs, strict=True):
-        if "error" not in cell["model"]:
-            p50 = cell["model"]["p50_ms"]
-            cell["examples_per_second"] = 1000 * cell["batch_size"] / p50
-            cell["speed_up"] = None if "error" in teacher else teacher["p50_ms"] / p50
-            cell["memory_bytes"] = memory_bytes(variant.network, batches)
+        cell |= {"batch_size": batch_size, "length": size}
+        cell |= {part: describe(times[part].get(variant)) for part in calls}
+        cells.append(cell)
+        if "error" in cell["model"]:
+            continue
+        p50, teacher = cell["model"]["p50_ms"], cells[0]["model"]
+        cell["examples_per_second"] = 1000 * batch_size / p50
+        if "error" not in teacher:
+            cell["speed_up"] = teacher["p50_ms"] / p50
+        if device.type == "cuda":
+            cell["peak_megabytes"] = peak_megabytes(variant, inputs[variant])
     return cells
 
 
-def encode(tokenizer, columns, max_length):
-    return tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-
-
-SAMPLE = 128  # texts of the data set, the same for all models; enough batches of one text for a p99
-MIN_CALLS = 5
-
-
 @torch.inference_mode()
-def measure(calls, batches, min_run_time, threads):
-    """Time functions in turn, A B A B …, so that whatever slows the machine for a while slows all of them.
+def measure(call, models, batches, min_run_time, device):
+    """Time call(model, batch) for models in turn, A B A B …: what slows the machine for a while slows all of them.
 
-    One that has run long enough drops out: a tiny student needs thousands of calls, in which a large teacher would take
-    half an hour.
-
-    Timer makes each call twice to warm up and once on the clock; it synchronises the GPU before and after, and sets
-    the number of threads. Its autorange would time many calls as one, and such means have no percentiles.
-
-    Args:
-        calls: {name: function of a batch}.
-        batches: a list, repeated until every function has run for min_run_time seconds and MIN_CALLS times.
-
-    Returns:
-        {name: seconds of every call}, without the functions that ran out of memory.
+    A model drops out after min_run_time seconds and MIN_CALLS calls: a tiny student needs thousands of calls, in which
+    a large teacher would take half an hour. Returns {model: seconds of every call}, without those out of memory.
     """
-    times = {name: [] for name in calls}
-    while running := [name for name, own in times.items() if len(own) < MIN_CALLS or sum(own) < min_run_time]:
-        for batch in batches:
-            for name in list(running):
-                timer = Timer("call(batch)", globals={"call": calls[name], "batch": batch}, num_threads=threads)
-                try:
-                    times[name].append(timer.timeit(1).median)
-                except RuntimeError as error:  # the CPU's allocator raises a plain RuntimeError
-                    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                        raise
-                    del times[name]
-                    running.remove(name)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    times = {model: [] for model in models}
+    while running := [model for model, own in times.items() if len(own) < MIN_CALLS or sum(own) < min_run_time]:
+        for batch, model in itertools.product(batches, running):
+            if model not in times:
+                continue
+            try:
+                for _ in range(2):  # the first call warms up, after another model's turn
+                    synchronize()
+                    start = time.perf_counter()
+                    call(model, batch)
+                    synchronize()
+                    seconds = time.perf_counter() - start
+                times[model].append(seconds)
+            except RuntimeError as error:  # the CPU's allocator raises a plain RuntimeError
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                del times[model]
     return times
 
 
 def describe(times):
-    """The number of calls, and percentiles in ms: None where the calls are too few for one."""
+    """The number of calls, and percentiles in ms: those beyond which there is at least one call."""
     if times is None:
         return {"error": "out of memory"}
-    cuts = statistics.quantiles(times, n=100, method="inclusive")
-    timing = {"calls": len(times)}
-    for q in (25, 50, 75, 90, 99):
-        enough = len(times) * (100 - q) >= 100  # at least one call beyond the percentile
-        timing[f"p{q}_ms"] = 1000 * cuts[q - 1] if enough else None
-    return timing
+    enough = [q for q in (25, 50, 75, 90, 99) if len(times) * (100 - q) >= 100]
+    return {"calls": len(times), **{f"p{q}_ms": 1000 * float(np.percentile(times, q)) for q in enough}}
 
 
-def text_batches(split, batch_size, size):
-    """The texts of one cell of the grid: a list of batches, each a list of one or two columns of strings."""
-    if size != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `size`
-        return [[[" ".join(map(str, range(size)))] * batch_size]]
-    if batch_size > len(split):
-        raise UserError(f"--batch_sizes {batch_size}: the split has only {len(split)} examples")
-    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, batch_size)]
-    return [list(split.texts[part.tolist()].values()) for part in rows.split(batch_size) if len(part) == batch_size]
+@torch.inference_mode()
+def peak_megabytes(variant, batches):
+    """The most GPU memory that a model occupies in its calls: with its weights, without the other models."""
+    torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() / 1e6 - variant.figures["megabytes"]
+    for inputs in batches:
+        variant.network(**inputs)
+    return torch.cuda.max_memory_allocated() / 1e6 - others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +304,7 @@ def compare(logits, teacher_logits, labels):
 
 def wilson(hits, n):
     """The 95% interval of a proportion (Wilson, 1927), which unlike p ± 2σ also holds near 0 and 1."""
-    z = statistics.NormalDist().inv_cdf(0.975)
+    z = 1.9599639845400536  # 97.5% of the normal distribution lie below it
     centre, reach = hits + z**2 / 2, z * (hits * (n - hits) / n + z**2 / 4) ** 0.5
     return (centre - reach) / (n + z**2), (centre + reach) / (n + z**2)
 
@@ -316,215 +314,125 @@ def mcnemar(one_alone, other_alone):
 
     If the models are equally good, each of these examples is the toss of a coin: p is a tail of the binomial.
     """
-    n = one_alone + other_alone
-    tail, ways = 0, 1  # ways is n choose k, from its predecessor: math.comb would be slow for thousands of examples
-    for k in range(min(one_alone, other_alone) + 1):
-        tail += ways
-        ways = ways * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**n)
+    coins = torch.distributions.Binomial(one_alone + other_alone, torch.tensor(0.5, dtype=torch.float64))
+    tail = torch.arange(min(one_alone, other_alone) + 1, dtype=torch.float64)
+    return min(1.0, 2 * coins.log_prob(tail).exp().sum().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
 
+COLUMNS = {
+    "model": "{name}",
+    "precision": "{precision}, {runtime}",
+    "parameters": "{parameters:,}",
+    "without embeddings": "{without_embeddings:,}",
+    "MB": "{megabytes:,.1f}",
+    "batch": "{batch_size}",
+    "tokens": "{length}",
+    "p50 ms": "{model[p50_ms]:,.2f}",
+    "p90 ms": "{model[p90_ms]:,.2f}",
+    "p99 ms": "{model[p99_ms]:,.2f}",
+    "calls": "{model[calls]}",
+    "examples/s": "{examples_per_second:,.0f}",
+    "speed-up": "{speed_up:,.2f}",
+    "tokenizer p50 ms": "{tokenizer[p50_ms]:,.2f}",
+    "both p50 ms": "{both[p50_ms]:,.2f}",
+    "peak MB": "{peak_megabytes:,.1f}",
+    "accuracy (95%)": "{accuracy:.3f} ({accuracy_interval[0]:.3f}–{accuracy_interval[1]:.3f})",
+    "macro-F1": "{macro_f1:.3f}",
+    "agreement": "{agreement:.3f}",
+    "as in fp32": "{agreement_with_fp32:.3f}",
+    "alone right": "{alone_right} : {teacher_alone_right}",
+    "p": "{mcnemar_p:.2g}",
+}
+GRID_ONLY = ("batch", "tokens", "p90 ms", "p99 ms", "calls", "examples/s", "tokenizer p50 ms", "both p50 ms", "peak MB")
 
-def report(rows, cells, versions, args):
+
+def report(rows, cells, conditions, args):
     """The Markdown text: the headlines, a row for each model, the conditions of the measurement, and the grid."""
     where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
+    base = f"{args.teacher_id} in {shown(rows[0], 'precision')}"
     headlines = []
     for row in rows:
-        headline = variant_name(row) in (variant_name(rows[0]), "int8, ONNX Runtime")
-        if row["name"] != args.teacher_id and headline and row.get("speed_up"):
-            ratio = f"{row['speed_up']:.2f} times as fast as {args.teacher_id}"
-            headlines.append(
-                f"**{row['name']} in {variant_name(row)} is {ratio} in {variant_name(rows[0])}** ({where})."
-            )
-    memory = "the weights and the peak of a forward pass" if args.device.type == "cuda" else "the weights"
+        kind = shown(row, "precision")
+        compared = kind in (shown(rows[0], "precision"), "int8, ONNX Runtime") and row["name"] != args.teacher_id
+        if compared and "speed_up" in row:
+            headlines.append(f"**{row['name']} in {kind} is {row['speed_up']:.2f} times as fast as {base}** ({where}).")
     notes = [
-        f"p50: median at {where}, each batch padded to its longest text. "
-        f"Speed-up: over {args.teacher_id} in {variant_name(rows[0])}.",
-        f"Memory: {memory}. Embeddings are only looked up: they take memory, but hardly any time.",
+        f"p50: median at {where}, each batch padded to its longest text. Speed-up: over {base}.",
+        "MB: the weights, or the ONNX file. Embeddings are only looked up: they take memory, but hardly any time.",
     ]
     if args.dataset_id:
         notes += [
             f"Accuracy: on the {args.eval_split} split of {args.dataset_id}, with Wilson's 95% interval.",
-            "Agreement: share of answers equal to the teacher's. Alone right: examples that only this model : only the "
-            "teacher got right; p: McNemar's exact test.",
+            "Agreement: share of answers equal to the teacher's; as in fp32: to those of the model's own fp32 file.",
+            "Alone right: examples that only this model : only the teacher got right; p: McNemar's exact test.",
         ]
-    for row in rows:
-        if "agreement_with_fp32" in row:
-            share = f"{row['agreement_with_fp32']:.1%} of the examples"
-            notes.append(f"ONNX Runtime: {row['name']} gives the same answer in int8 as in fp32 on {share}.")
-    notes.append(
-        f"Measured on {args.device_name} ({args.device.type}, {args.threads} CPU threads, load average {args.load:.1f} "
-        f"before the start), "
-        f"{', '.join(f'{package} {version}' for package, version in versions.items())}: `{args.command}`"
-    )
+    versions = ", ".join(f"{package} {version}" for package, version in conditions["versions"].items())
+    threads = f"{args.threads} CPU threads, load average {conditions['load_average']:.1f} before the start"
+    notes.append(f"Measured on {conditions['device']}, {threads}, {versions}: `{conditions['command']}`")
     notes = "\n".join(f"- {note}" for note in notes)
-    models = table([model_columns(row) for row in rows])
-    grid = table([cell_columns(cell, args) for cell in cells])
-    return "\n\n".join([*headlines, models, notes, grid])
+    return "\n\n".join([*headlines, table(rows, GRID_ONLY), notes, table(cells)])
 
 
-def model_columns(row):
-    columns = {
-        "model": row["name"],
-        "precision": variant_name(row),
-        "parameters": shown(row["parameters"], ",.0f"),
-        "without embeddings": shown(row["without_embeddings"], ",.0f"),
-        "disk MB": shown(row["disk_bytes"], ",.1f", 1e6),
-        "memory MB": shown(row.get("memory_bytes"), ",.1f", 1e6),
-        "p50 ms": row["model"].get("error") or shown(row["model"]["p50_ms"]),
-        "speed-up": shown(row.get("speed_up")),
-    }
-    if "accuracy" in row:
-        low, high = row["accuracy_interval"]
-        columns["accuracy (95%)"] = f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"
-        columns["macro-F1"] = shown(row["macro_f1"], ".3f")
-        columns["agreement"] = shown(row["agreement"], ".3f")
-        columns["alone right"] = f"{row['alone_right']} : {row['teacher_alone_right']}"
-        columns["p"] = shown(row["mcnemar_p"], ".2g")
-    return columns
+def table(rows, leave_out=()):
+    """Rows of figures in Markdown: the COLUMNS that at least one of them fills."""
+    lines = [{heading: shown(row, heading) for heading in COLUMNS if heading not in leave_out} for row in rows]
+    filled = [heading for heading in lines[0] if any(line[heading] != "–" for line in lines)]
+    return distill.table([{heading: line[heading] for heading in filled} for line in lines])
 
 
-def cell_columns(cell, args):
-    timed = cell["model"]
-    columns = {
-        "model": cell["name"],
-        "precision": variant_name(cell),
-        "batch": str(cell["batch_size"]),
-        "tokens": str(cell["length"]),
-        "p50 ms": timed.get("error") or shown(timed["p50_ms"]),
-        **{f"{name} ms": shown(timed.get(f"{name}_ms")) for name in ("p90", "p99")},
-        "calls": shown(timed.get("calls"), ".0f"),
-        "examples/s": shown(cell.get("examples_per_second"), ",.0f"),
-        "speed-up": shown(cell.get("speed_up")),
-    }
-    if "real" in args.lengths:
-        columns |= {f"{part} p50 ms": shown(cell.get(part, {}).get("p50_ms")) for part in ("tokenizer", "both")}
-    if args.device.type == "cuda":
-        columns["peak MB"] = shown(cell.get("memory_bytes"), ",.1f", 1e6)
-    return columns
+def shown(row, heading):
+    try:
+        return COLUMNS[heading].format(**row)
+    except KeyError:  # not measured, or too few calls for this percentile
+        return row["model"].get("error", "–") if heading == "p50 ms" else "–"
 
 
-def variant_name(row):
-    return row["precision"] if row["runtime"] == "PyTorch" else f"{row['precision']}, {row['runtime']}"
-
-
-def shown(value, form=",.2f", unit=1):
-    return "–" if value is None else format(value / unit, form)
-
-
-def table(rows):
-    """Dictionaries with the same keys as a Markdown table, all columns but the first aligned to the right."""
-    header = list(rows[0])
-    rule = ["---" if name == header[0] else "---:" for name in header]
-    lines = [header, rule, *[row.values() for row in rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def put_into_card(text, path, name="bench"):
-    """Put text between the markers of that name in a file, or at its end if it has no such markers."""
-    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-    with open(path, encoding="utf-8") as file:
-        card = file.read()
-    before, old, after = re.split(f"(<!-- {name} -->.*?<!-- /{name} -->|$)", card, maxsplit=1, flags=re.DOTALL)
-    with distill.complete_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(before + block + after if old else f"{card.rstrip()}\n\n{block}\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models and their size
-
-
-def load_models(args, class_names):
-    """The teacher, then the students: namespaces of name, loaded (on the CPU, in float32), tokenizer, order and size.
-
-    A model's logits[:, order] are those of the data set's classes, or without a data set of the teacher's.
-
-    Raises UserError for a model that cannot be loaded, has other classes, or cannot read --lengths tokens.
-    """
-    models = []
-    for name in (args.teacher_id, *args.student_id):
-        model, tokenizer = distill.load_model(name)
-        own_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        class_names = class_names or own_names
-        # Both ways round: without a data set it may be the teacher whose classes are only called LABEL_0, LABEL_1.
-        order = data.match_classes(own_names, class_names) or data.match_classes(class_names, own_names)
-        if order is None:
-            raise UserError(
-                f"{name} has the classes {', '.join(own_names)}, not {', '.join(class_names)}: leave it out, "
-                "or rename its classes in its config.json"
-            )
-        for tokens in args.lengths:
-            if tokens != "real" and tokens > tokenizer.model_max_length:
-                raise UserError(f"--lengths {tokens}: {name} reads {tokenizer.model_max_length} tokens at most")
-        args.max_length = min(args.max_length, tokenizer.model_max_length)
-        size = {"parameters": model.num_parameters(), "disk_bytes": disk_bytes(name)}
-        size["without_embeddings"] = model.num_parameters(exclude_embeddings=True)  # see the note in report()
-        models.append(argparse.Namespace(name=name, loaded=model, tokenizer=tokenizer, order=order, size=size))
-    return models
-
-
-def disk_bytes(model_id):
-    """Bytes of the weight files in the model's folder or the Hub's cache, in whatever precision they were saved."""
-    folder = data.demo_model() if model_id == "demo" else os.path.expanduser(model_id)
-    if not os.path.isdir(folder):
-        folder = snapshot_download(folder, local_files_only=True)
-    # In the order in which transformers looks for them. Other files, such as teacher_logits, may lie beside them.
-    for kind in (r"model(-.*-of-.*)?\.safetensors", r"pytorch_model(-.*-of-.*)?\.bin"):
-        sizes = [entry.stat().st_size for entry in os.scandir(folder) if re.fullmatch(kind, entry.name)]
-        if sizes:
-            return sum(sizes)
-
-
-@torch.inference_mode()
-def memory_bytes(model, batches):
-    """Bytes of the weights; on a GPU, the peak over the forward passes of some batches, weights included.
-
-    None for ONNX Runtime, which does not say.
-    """
-    if not isinstance(model, torch.nn.Module):
-        return None
-    weights = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
-    if not next(model.parameters()).is_cuda:
-        return weights
-    torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated() - weights  # the other models are on the GPU too
-    for inputs in batches:
-        model(**inputs)
-    return torch.cuda.max_memory_allocated() - others
+def put_into_card(text, path):
+    """Put text between the bench markers of a Markdown file, or at its end if it has none."""
+    card, block = path.read_text(encoding="utf-8"), f"<!-- bench -->\n{text}\n<!-- /bench -->"
+    before, old, after = re.split("(<!-- bench -->.*?<!-- /bench -->|$)", card, maxsplit=1, flags=re.DOTALL)
+    distill.write(before + block + after if old else f"{card.rstrip()}\n\n{block}\n", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ONNX Runtime
 
-ONNX_FILES = {"fp32": "model.onnx", "int8": "model_int8.onnx"}  # in onnx/, where transformers.js and Optimum look
+ONNX_FILES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}  # in onnx/: what transformers.js loads by default
 TOLERANCE = 1e-3  # of logits; another order of the same sums makes a difference of about 1e-5
 
 
 def in_onnx_runtime(model, split, args):
     """A model of load_models() exported to ONNX, as Variants in fp32 and int8; none where it cannot be exported.
 
-    The files stay in onnx/ in the model's folder.
+    The files stay in onnx/ in the model's folder, or for a Hub id in onnx_models/ beside --output.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            export(model, temporary)
-        except Exception as error:  # whatever the exporter and the quantizer meet in an unknown model
-            distill.say(f"note: {model.name} is not measured in ONNX Runtime: {data.one_line(error)}")
-            return []
-        check_export(model, temporary, split, args)
-        folder = onnx_folder(model, args.output)
-        for file in ONNX_FILES.values():
-            distill.complete_copy(os.path.join(temporary, file), os.path.join(folder, file))
-
+    folder = Path(model.name).expanduser()
+    if model.name == "demo" or not folder.is_dir():
+        # Not in a folder named like the id: from then on transformers would load it in place of the Hub's model.
+        folder = Path(args.output).parent / "onnx_models" / model.name
+        with data.writing(folder):
+            model.network.config.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+    logging.disable(logging.WARNING)  # about packages that nothing here needs
+    try:
+        with data.writing(folder / "onnx"):
+            export(model, folder, args)
+    except data.UserError:  # other logits, a folder that cannot be written
+        raise
+    except Exception as error:  # whatever the exporter and the quantizer meet in an unknown model
+        distill.say(f"note: {model.name} is not measured in ONNX Runtime: {data.one_line(error)}")
+        return []
+    finally:
+        logging.disable(logging.NOTSET)
     variants = []
     for precision, file in ONNX_FILES.items():
-        path = os.path.join(folder, file)
-        figures = {**model.size, "disk_bytes": os.path.getsize(path)}
+        path = folder / "onnx" / file
         network = open_session(path, args.threads)
-        variant = Variant(model.name, precision, "ONNX Runtime", network, model.tokenizer, figures)
+        figures = {**model.figures, "megabytes": path.stat().st_size / 1e6}
+        variant = replace(model, precision=precision, runtime="ONNX Runtime", network=network, figures=figures)
         if split:
             # One by one: in int8 the scale of a batch depends on all its texts, and so do the answers.
             examples = (encode(model.tokenizer, texts.values(), args.max_length) for texts in split.texts.iter(1))
@@ -536,25 +444,30 @@ def in_onnx_runtime(model, split, args):
     return variants
 
 
-def export(model, folder):
-    """Write ONNX_FILES: the model as it is, and with the weights of its matrix products and embeddings in int8."""
+def export(model, folder, args):
+    """Write ONNX_FILES. Raises UserError if they do not give PyTorch's logits for some texts, alone and padded."""
     from onnxruntime.quantization import quantize_dynamic  # only --onnx needs it
 
-    example = model.tokenizer(["one", "two words"], padding=True, return_tensors="pt")
+    texts = [" ".join(map(str, range(n))) for n in range(1, 80, 10)]
+    example = encode(model.tokenizer, [texts[:2]], args.max_length)
     axes = {name: {0: "batch", 1: "length"} for name in example}
-    fp32, int8 = [os.path.join(folder, file) for file in ONNX_FILES.values()]
-    logging.disable(logging.WARNING)  # about packages that nothing here needs
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(
-                model.loaded, kwargs=dict(example), output_names=["logits"], dynamic_shapes=axes, verbose=False
-            )
-            program.save(fp32, external_data=False)
-            # A scale for each column costs nothing and more than halves the error. Seven bits: with eight, CPUs without
-            # VNNI instructions overflow in the sums of two products.
-            quantize_dynamic(fp32, int8, per_channel=True, reduce_range=True)
-    finally:
-        logging.disable(logging.NOTSET)
+    with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        fp32, int8 = [Path(temporary, file) for file in ONNX_FILES.values()]
+        program = torch.onnx.export(
+            model.network, kwargs=dict(example), output_names=["logits"], dynamic_shapes=axes, verbose=False
+        )
+        program.save(fp32, external_data=False)
+        network = open_session(fp32, args.threads)
+        for size in (1, 8):
+            inputs = encode(model.tokenizer, [texts[:size]], args.max_length)
+            difference = (model.network(**inputs).logits - network(**inputs)).abs().max().item()
+            data.check((difference <= TOLERANCE, f"{model.name}: in ONNX its logits differ by {difference:.2g}"))
+        # int8 are the weights of matrix products and embeddings. A scale for each column costs nothing and more than
+        # halves the error. Seven bits: with eight, CPUs without VNNI instructions overflow in the sums of two products.
+        quantize_dynamic(fp32, int8, per_channel=True, reduce_range=True)
+        (folder / "onnx").mkdir(exist_ok=True)  # where only complete files appear
+        for file in (fp32, int8):
+            file.replace(folder / "onnx" / file.name)
 
 
 def open_session(path, threads):
@@ -574,101 +487,43 @@ def open_session(path, threads):
     return network
 
 
-@torch.inference_mode()
-def check_export(model, folder, split, args):
-    """Raise UserError where the exported model does not give PyTorch's logits for some texts, alone and padded."""
-    network = open_session(os.path.join(folder, ONNX_FILES["fp32"]), args.threads)
-    columns = list(split.texts[:8].values()) if split else [[" ".join(map(str, range(n))) for n in range(1, 80, 10)]]
-    for size in (1, 8):
-        inputs = encode(model.tokenizer, [column[:size] for column in columns], args.max_length)
-        difference = (model.loaded(**inputs).logits - network(**inputs)).abs().max().item()
-        if not difference <= TOLERANCE:
-            raise UserError(f"{model.name}: exported to ONNX, its logits differ from PyTorch's by {difference:.2g}")
-
-
-def onnx_folder(model, output):
-    """The folder of a model's ONNX files, made if need be: in the model's own folder, or for a Hub id beside output."""
-    folder = os.path.expanduser(model.name)
-    if model.name == "demo" or not os.path.isdir(folder):
-        # Not in a folder named like the id: from then on transformers would load it in place of the Hub's model.
-        folder = os.path.join(os.path.dirname(output), "onnx_models", model.name)
-        model.loaded.config.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-    folder = os.path.join(folder, "onnx")
-    os.makedirs(folder, exist_ok=True)
-    return folder
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks before the start
+# Checks before the start, main
 
 
-def check_before_start(args):
-    """Choose the device, and fail early on what would otherwise fail at the end."""
-    models = [args.teacher_id, *args.student_id]
-    if args.teacher_id is None:
-        raise UserError("no model is named: give --teacher_id and --student_id, or use --demo")
-    if len(set(models)) < len(models):
-        raise UserError(f"a model is named twice: {', '.join(models)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    args.device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
-    args.device_name = device_name(args.device)
-    if args.onnx and args.device.type == "cuda":
-        raise UserError("--onnx measures on the CPU: add --device cpu")
+def check_before_start(args, device):
+    """Fail early on what would otherwise fail at the end, or give figures that mean nothing."""
+    packages = [importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")]
     # torch emulates a precision that the hardware lacks, but slower than fp32: nobody would serve a model that way.
-    native = {"fp32": True, "bf16": distill.multiplies_bf16(args.device)}
-    native["fp16"] = args.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    for precision in args.precision:
-        if not native.get(precision):
-            raise UserError(f"{args.device_name} has no arithmetic in {precision}: try another of {', '.join(DTYPES)}")
-    if args.onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        raise UserError("--onnx needs packages: pip install onnx onnxscript onnxruntime")
-    if args.dataset_id is None and "real" in args.lengths:
-        raise UserError("--lengths real needs a data set: name one by --dataset_id")
-    if not os.access(os.path.dirname(args.output) or ".", os.W_OK):
-        raise UserError(f"cannot write {args.output}: make its folder first, or choose another --output")
-    if args.model_card and not os.path.isfile(os.path.join(args.model_card, "README.md")):
-        raise UserError(f"--model_card: {args.model_card} holds no README.md to put the tables into")
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function
-    return capabilities().get("cpu_name", platform.machine())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Types of flags
-
-
-def list_of(kind):
-    def parse(text):
-        return [kind(part.strip()) for part in text.split(",")]
-
-    parse.__name__ = f"list of {kind.__name__}"  # argparse says "invalid list of int value"
-    return parse
-
-
-def length(text):
-    return text if text == "real" else distill.at_least(int, 3)(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
+    native = {"fp32": True, "bf16": distill.multiplies_bf16(device)}
+    native["fp16"] = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    lacking = ", ".join(precision for precision in args.precision if not native.get(precision))
+    folder, card = Path(args.output).parent, Path(args.model_card or ".", "README.md")
+    data.check(
+        (args.device in ("auto", device.type), "--device cuda: torch sees no CUDA GPU here; use --device cpu"),
+        (not args.onnx or device.type == "cpu", "--onnx measures on the CPU: add --device cpu"),
+        (not args.onnx or all(packages), "--onnx needs packages: pip install onnx onnxscript onnxruntime"),
+        (not lacking, f"this {device.type} has no arithmetic in {lacking}: choose from {', '.join(DTYPES)}"),
+        (os.access(folder, os.W_OK), f"cannot write {args.output}: make its folder, or choose another --output"),
+        (not args.model_card or card.is_file(), f"--model_card: there is no {card} to put the tables into"),
+    )
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = distill.parse_args(argv, Config, DEMO)
     distill.quiet_libraries()
-    try:
-        check_before_start(args)
-        args.load = os.getloadavg()[0]  # processes that compete for the CPUs: they spoil all figures, PyTorch's most
-        with distill.process_group(args.device):
-            run(args)
-    except UserError as error:
-        distill.fail(error)
+    device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
+    with distill.process_group(device):
+        check_before_start(args, device)
+        packages = ("torch", "transformers", "onnxruntime") if args.onnx else ("torch", "transformers")
+        cpu = f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())} (cpu)"
+        conditions = {
+            "command": shlex.join(["python", "bench.py", *(argv or sys.argv[1:])]),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+            "load_average": os.getloadavg()[0],  # what competes for the CPUs spoils all figures, PyTorch's most
+            "versions": {package: importlib.metadata.version(package) for package in packages},
+        }
+        run(args, device, conditions)
 
 
 if __name__ == "__main__":
