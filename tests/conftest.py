@@ -1,11 +1,13 @@
 """Small data sets and models for the tests: real sentences, BERT's real vocabulary, tiny random weights."""
 
 import csv
+import json
 import os
+import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForPreTraining
 
 import data
 
@@ -31,7 +33,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def reviews():
     """1,000 of the demo's real sentences with their labels, 0 or 1."""
-    split = data.read_demo("train")[:1000]
+    split = data.read_demo("dataset")["train"][:1000]
     return list(zip(split["text"], split["label"], strict=True))
 
 
@@ -74,3 +76,26 @@ def reviews_folder(write_csv, reviews):
     write_csv("reviews/train.csv", rows[:101])
     write_csv("reviews/validation.csv", rows[101:154])
     return os.path.dirname(write_csv("reviews/test.csv", rows[154:183]))
+
+
+@pytest.fixture
+def old_repository():
+    """google/bert_uncased_L-2_H-128_A-2 as it is: config.json without model_type, vocab.txt, pytorch_model.bin."""
+
+    def make(folder):
+        os.makedirs(folder)
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        config = BertConfig(
+            **{name: TINY[name] for name in sizes}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        model = BertForPreTraining(config)
+        torch.save(model.state_dict(), os.path.join(folder, "pytorch_model.bin"))
+        written = {**config.to_diff_dict(), "vocab_size": config.vocab_size}
+        for name in ("model_type", "transformers_version", "architectures", "dtype"):
+            written.pop(name, None)
+        with open(os.path.join(folder, "config.json"), "w") as file:
+            json.dump(written, file)
+        shutil.copyfile(f"{data.demo_model()}/vocab.txt", f"{folder}/vocab.txt")
+        return model
+
+    return make
