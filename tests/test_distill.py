@@ -1181,7 +1181,7 @@ def test_torchrun(command):
     assert finished.returncode != 0 and '/distill.py", line' not in finished.stderr  # only torchrun's own traceback
     errors = [line for line in finished.stderr.splitlines() if "error: batches of 1 examples" in line]
     assert len(errors) == 1, finished.stderr
-    assert finished.stderr.count("exitcode  : 2 ") == 2, finished.stderr
+    assert "exitcode  : 2 " in finished.stderr, finished.stderr  # of the first; torchrun may end the other itself
     arguments = command("run", epochs=1)
     finished = start_anew([*words, *arguments])
     assert finished.returncode == 0 and results(output_of(arguments))["processes"] == 2
