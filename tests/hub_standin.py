@@ -30,6 +30,7 @@ class HubStandin:
         self.url = None  # known once the server has a port
         self.requests = []  # (method, path with its query, authorization header or None), as they arrive
         self.refuse_push = False  # True: creating a repository and committing get 403
+        self.created = {}  # repository -> what the client asked for when it created it
 
     def __enter__(self):
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)  # port 0: any free port
@@ -94,6 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", rf"{API}/tree/([^/]+)(?:/(.+))?", "list_tree"),
         ("POST", rf"{API}/paths-info/([^/]+)", "paths_info"),
         ("GET HEAD", r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "file"),
+        ("GET", rf"{API}/auth-check(/write)?", "auth_check"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", rf"{API}/preupload/([^/]+)", "preupload"),
@@ -176,6 +178,11 @@ class Handler(BaseHTTPRequestHandler):
         if refused:
             raise HubError(403, "You don't have the rights to push here")
 
+    def auth_check(self, kind, repo_id, write):
+        self.check_push(self.hub.refuse_push and write)
+        self.repo(kind, repo_id)
+        self.reply({})
+
     def create_repo(self):
         self.check_push(self.hub.refuse_push)
         wanted = json.loads(self.body)
@@ -183,6 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         folder = self.hub.folder / "models" / repo_id
         status = 409 if folder.exists() else 200  # with exist_ok=True, the client reads the url in a 409 all the same
         folder.mkdir(parents=True, exist_ok=True)
+        self.hub.created[repo_id] = wanted
         self.reply({"url": f"{self.hub.url}/{repo_id}"}, status)
 
     def validate_yaml(self):

@@ -3,20 +3,32 @@
 import contextlib
 import json
 import math
+import multiprocessing
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
+import termios
+import threading
+import time
+import types
 import weakref
+from pathlib import Path
 
 import datasets
 import huggingface_hub
+import optuna
 import pytest
 import safetensors.torch
 import torch
+import tqdm
 import transformers
 from hub_standin import TOKEN, HubStandin
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +36,6 @@ from trainer_way import DistillationTrainer
 
 import data
 import distill
-from data import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -48,14 +59,12 @@ def nearly_same_weights(one, other):
 
 
 def results(folder):
-    with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
 
 
 def metrics(folder):
     """The rows of metrics.jsonl, without their speed."""
-    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = map(json.loads, Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows]
 
 
@@ -104,20 +113,98 @@ def refused(arguments, capsys):
     return line
 
 
-def start(arguments, code=None, torchrun=None, script=f"{ROOT}/distill.py", cwd=ROOT, **environment):
-    """Run a script, or `code`, in a process of its own, or in several by torchrun; returns the CompletedProcess."""
-    command = [sys.executable, "-c", code] if code else [sys.executable, script]
-    if torchrun:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={torchrun}",
-            "--standalone",
-            script,
-        ]
+# Importing torch and transformers takes seconds. Here one process does so once, and each process of a test is its fork.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([__name__])
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT}/tests"  # Python 3.11 does not give it sys.path
+
+
+def child(code, arguments, files, environment):
+    """What a process of start() does: `code`, and then the command."""
+    os.environ.update(environment)
+    for stream, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    sys.argv = ["distill.py", *arguments]
+    torch.set_num_threads(1)
+    exec(f"import os, signal, sys, time\nimport torch\nimport distill\n{code}\ndistill.main(sys.argv[1:])", {})
+
+
+def start(arguments, code="", ranks=None, interrupt_at=None, files=None, **environment):
+    """Run the command in a process of its own, or in several that form a group; `code` comes first.
+
+    As torchrun does, end the other ranks where one fails, though later. With interrupt_at all get a SIGINT when they
+    have printed this text. Returns the exit codes, and what was written to stdout and stderr.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        group |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        free.close()
+        files = files or [f"{folder}/out", f"{folder}/err"]
+        processes = []
+        for rank in range(ranks or 1):
+            its = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
+            process = FORKSERVER.Process(target=child, args=(code, arguments, files, {**its, **environment}))
+            processes.append(process)
+            process.start()
+        deadline = time.monotonic() + 200
+        while any(process.is_alive() for process in processes):
+            if interrupt_at and os.path.exists(files[0]) and interrupt_at in Path(files[0]).read_text():
+                interrupt_at = None
+                for process in processes:
+                    os.kill(process.pid, signal.SIGINT)
+            if any(process.exitcode for process in processes):
+                deadline = min(deadline, time.monotonic() + 30)
+            if time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+            time.sleep(0.02)
+        codes = [process.exitcode for process in processes]
+        if not os.path.exists(files[0]) or not os.path.isfile(files[0]):
+            return types.SimpleNamespace(codes=codes)
+        out, err = [Path(file).read_text() for file in files]
+        return types.SimpleNamespace(codes=codes, out=out, err=err)
+
+
+def start_anew(words, cwd=ROOT, **environment):
+    """Run `python WORDS`, which imports all itself; returns the CompletedProcess."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+DIE = """
+def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args: True):
+    # Die at the number-th call of owner.name for which counts() holds, after before().
+    function, calls = getattr(owner, name), []
+    def wrapper(*args, **flags):
+        calls.extend([1] * counts(*args))
+        if counts(*args) and len(calls) == number:
+            before(*args)
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **flags)
+    setattr(owner, name, wrapper)
+
+def is_label(path):
+    return path.parent.name == "teacher_logits"
+
+def half_a_file(state, file):
+    torch.serialization.save(state, file)
+    file.flush()
+    os.truncate(file.name, os.path.getsize(file.name) // 2)
+
+"""
+
+
+@pytest.fixture
+def more_text(tmp_path, reviews):
+    """A text file of 60 sentences that are in no split."""
+    path = tmp_path / "more.txt"
+    path.write_text("".join(f"{text}\n" for text, _ in reviews[200:260]), encoding="utf-8")
+    return str(path)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -149,139 +236,66 @@ def test_demo_flags_can_be_overridden():
 
 def test_sagemaker_folders(monkeypatch):
     monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
-    args = distill.parse_args([])
-    assert (args.output_dir, args.checkpoint_dir) == ("/opt/ml/model", "/opt/ml/checkpoints")
+    args = distill.Config()
+    assert (args.output_dir, args.checkpoint_dir) == (distill.Config.output_dir, "/opt/ml/checkpoints")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--temparature", "4"], "unrecognized arguments: --temparature"),
-        (["--alpha", "1.5"], "--alpha: must be between 0 and 1"),
-        (["--alpha", "nan"], "--alpha: must be between 0 and 1"),
-        (["--temperature", "0"], "--temperature: must be greater than 0"),
-        (["--temperature", "inf"], "--temperature: must be greater than 0"),
+        (["--alpha", "1.5"], "--alpha: must be at most 1"),
+        (["--alpha", "nan"], "--alpha: must be at least 0"),
+        (["--temperature", "0"], "--temperature: must be above 0"),
+        (["--temperature", "inf"], "--temperature: must be"),
         (["--epochs", "0"], "--epochs: must be at least 1"),
         (["--epochs", "2.5"], "--epochs: invalid int value"),
         (["--precision", "int8"], "--precision: invalid choice"),
         (["--demo", "maybe"], "--demo: must be true or false"),
-        (["--text_columns", "a,b,c"], "--text_columns: must be one or two"),
+        (["--text_columns", "a,b,c"], "--text_columns: one or two"),
         (["--learn", "1"], "unrecognized arguments"),
+        (["--unlabeled_split", "test"], "--unlabeled_split needs --unlabeled_id"),
+        (["--unlabeled_id", "more.txt", "--alpha", "1"], "leaves the teacher out"),
+        (["--n_trials", "2", "--cache_teacher", "false"], "leave out --cache_teacher"),
     ],
 )
 def test_wrong_flags(arguments, message, capsys):
-    assert message in refused(arguments, capsys)
+    with pytest.raises(SystemExit) as error:
+        distill.parse_args(arguments)
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and message in line and line.count("\n") == 1
 
 
 def test_readme_tells_every_flag(capsys):
     with pytest.raises(SystemExit):
         distill.parse_args(["--help"])
     flags = set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"}
-    with open(f"{ROOT}/README.md", encoding="utf-8") as file:
-        told = set(re.findall(r"`(--\w+)`", file.read().split("## Flags")[1].split("## What a run leaves")[0]))
-    assert told == flags
+    readme = Path(ROOT, "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(--\w+)`", readme.split("## Flags")[1].split("## What a run leaves")[0])) == flags
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def old_repository(tmp_path, save_tiny):
-    """google/bert_uncased_L-2_H-128_A-2 as it is: config.json without model_type, vocab.txt, pytorch_model.bin."""
-
-    def make(folder):
-        os.makedirs(folder)
-        model = transformers.BertForPreTraining(
-            transformers.BertConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
-        )
-        torch.save(model.state_dict(), os.path.join(folder, "pytorch_model.bin"))
-        config = model.config.to_diff_dict()
-        for name in ("model_type", "transformers_version", "architectures", "dtype"):
-            config.pop(name, None)
-        config["vocab_size"] = model.config.vocab_size
-        distill.write_json(os.path.join(folder, "config.json"), config)
-        with open(f"{data.demo_model()}/vocab.txt", "rb") as source, open(f"{folder}/vocab.txt", "wb") as copy:
-            copy.write(source.read())
-        return model
-
-    return make
-
-
-def test_the_published_student_loads(old_repository, tmp_path, tokenizer):
-    folder = str(tmp_path / "google" / "bert_uncased_L-2_H-128_A-2")
-    original = old_repository(folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "pytorch_model.bin", "vocab.txt"]
-    distill.quiet_libraries()
-    model, its_tokenizer = distill.load_model(folder, ["negative", "positive"])
-    assert type(model) is transformers.BertForSequenceClassification
-    query = "encoder.layer.1.attention.self.query.weight"
-    assert torch.equal(model.bert.state_dict()[query], original.bert.state_dict()[query])
-    text = "An EMBARRASSING film"
-    assert its_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert its_tokenizer.model_max_length == 512
-    assert model.config.id2label == {0: "negative", 1: "positive"}
-
-
-def test_an_old_model_of_another_type(tmp_path):
-    folder = tmp_path / "roberta-tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    assert distill.load_config(str(folder)).model_type == "roberta"
-    (tmp_path / "something").mkdir()
-    (tmp_path / "something" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="model_type"):
-        distill.load_model(str(tmp_path / "something"))
-
-
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra", "roberta", "xlm-roberta", "albert", "deberta"])
-def test_padding_does_not_change_logits(save_tiny, tokenizer, reviews, model_type):
-    """The four-dimensional mask of forward() above all: the same logits as for each text alone, without any mask."""
-    changes = {"pad_token_id": 0}
-    if model_type == "distilbert":
-        changes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-    if model_type in ("albert", "electra"):
-        changes |= {"embedding_size": 32}
-    model, tokenizer = distill.load_model(save_tiny("model", model_type, **changes))
-    assert distill.longest_input(model) == (63 if "roberta" in model_type else 64)
-    texts = datasets.Dataset.from_dict({"text": [text for text, _ in reviews[:30]]})
-    tokens = data.tokenize(tokenizer, texts, 60)
-    with torch.no_grad():
-        alone = torch.cat(
-            [model(input_ids=ids[None]).logits for ids in tokens.ids.long().split(tokens.lengths.tolist())]
-        )
-        [(_, inputs)] = tokens.batches([torch.arange(30)])
-        assert torch.allclose(distill.forward(model, inputs), alone, atol=1e-5)
-    assert alone.std() > 0.01
+# --- the teacher and its labels --------------------------------------------------------------------------------------
 
 
 def test_attention_gets_a_mask_that_it_need_not_convert(save_tiny, monkeypatch):
-    """Additive, in the type of the queries, and shared by an example's rows."""
+    """Boolean, of four dimensions, and shared by an example's rows."""
     attention, masks = torch.nn.functional.scaled_dot_product_attention, []
 
     def recording_attention(query, *args, attn_mask=None, **options):
         masks.append(attn_mask)
-        assert attn_mask.dtype == query.dtype
         return attention(query, *args, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording_attention)
-    model, _ = distill.load_model(save_tiny("model"))
+    model, _ = data.load_model(save_tiny("model"))
     inputs = {
         "input_ids": torch.ones(2, 5, dtype=torch.long),
         "attention_mask": torch.arange(5) < torch.tensor([[3], [5]]),
     }
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            distill.forward(model, inputs)
-    assert [mask.dtype for mask in masks] == [torch.float32] * 2 + [torch.bfloat16] * 2
-    assert masks[0].data_ptr() == masks[1].data_ptr() and masks[0].stride(2) == 0
-    assert masks[0][:, 0, 0].tolist() == [[0, 0, 0, -math.inf, -math.inf], [0] * 5]
+    with torch.no_grad():
+        distill.forward(model, inputs)
+    assert [mask.dtype for mask in masks] == [torch.bool] * 2
+    assert masks[0].data_ptr() == masks[1].data_ptr() == inputs["attention_mask"].data_ptr() and masks[0].stride(2) == 0
+    assert torch.equal(masks[0][:, 0, 0], inputs["attention_mask"])
 
 
 def test_macro_f1():
@@ -291,85 +305,30 @@ def test_macro_f1():
     assert distill.macro_f1(labels, labels) == 1
 
 
-def test_layers_classes_and_errors(save_tiny, monkeypatch):
-    folder = save_tiny("model", num_hidden_layers=4, classes=("positive", "negative"))
-    whole, _ = distill.load_model(folder)
-    model, _ = distill.load_model(folder, ["negative", "positive"], layers=3)
-    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 3
-    for ours, its in enumerate((0, 1, 3)):  # evenly spaced, and the last
-        expected = whole.bert.encoder.layer[its].state_dict()
-        for name, weight in model.bert.encoder.layer[ours].state_dict().items():
-            assert torch.equal(weight, expected[name])
-    assert torch.equal(model.classifier.weight, whole.classifier.weight[[1, 0]])
-    bigger, _ = distill.load_model(folder, ["a", "b", "c"], seed=5)
-    assert bigger.classifier.weight.shape == (3, 32) and bigger.config.id2label[2] == "c"
-    assert torch.equal(
-        bigger.classifier.weight, distill.load_model(folder, ["a", "b", "c"], seed=5)[0].classifier.weight
-    )
-    with pytest.raises(UserError, match="has 4 layers: --student_layers 5 is too many"):
-        distill.load_model(folder, layers=5)
-    with pytest.raises(UserError, match="no such folder"):
-        distill.load_model("./nowhere")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # saves the retries
-    with pytest.raises(UserError, match=r"cannot load output/teacher: .*no local folder has that name"):
-        distill.load_model("output/teacher")  # misspelt, it looks like a Hub id
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        os.remove(f"{folder}/{name}")
-    with pytest.raises(UserError, match="no usable tokenizer"):
-        distill.load_model(folder)
-    with pytest.raises(UserError, match="do not belong together"):
-        distill.load_model(save_tiny("small", vocab_size=1000))
-
-
-def test_weights_are_float32_whatever_the_file_holds(save_tiny, tmp_path):
-    folder = save_tiny("model")
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).half()
-    model.save_pretrained(folder)
-    assert {p.dtype for p in distill.load_model(folder)[0].parameters()} == {torch.float32}
-
-
-def test_missing_weights_are_not_passed_over(save_tiny, capsys):
-    folder = save_tiny("model")
-    kept = {name: tensor for name, tensor in weights(folder).items() if "layer.1.output.dense" not in name}
-    safetensors.torch.save_file(kept, f"{folder}/model.safetensors", {"format": "pt"})
-    distill.load_model(folder)
-    assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
-
-    headless = {name: tensor for name, tensor in weights(save_tiny("model")).items() if "classifier" not in name}
-    safetensors.torch.save_file(headless, f"{folder}/model.safetensors", {"format": "pt"})
-    distill.load_model(folder)
-    assert "lacks weights, now random: classifier.bias, classifier.weight (not f" in capsys.readouterr().out
-    distill.load_model(folder, ["negative", "positive"])  # to be trained: a new head is what it needs
-    assert capsys.readouterr().out == ""
-
-    misfits = weights(save_tiny("model"))
-    name = "bert.encoder.layer.0.intermediate.dense.bias"
-    misfits[name] = torch.zeros(3)
-    safetensors.torch.save_file(misfits, f"{folder}/model.safetensors", {"format": "pt"})
-    for class_names in (None, ["negative", "positive"]):
-        with pytest.raises(UserError):
-            distill.load_model(folder, class_names)
-
-
-# --- the teacher -----------------------------------------------------------------------------------------------------
-
-
 def test_a_teacher_in_another_order_gives_the_same_student(command, save_tiny):
-    """Its classes are matched by name: swap the rows of its head and their names, and nothing may change."""
+    """Labels move, by name: flip teacher's and student's classes, and nothing may change but the student's order."""
     plain = run(command("plain", teacher_id=save_tiny("t1", seed=7)))
-    folder = save_tiny("t2", seed=7, classes=("POSITIVE", "Negative"))
-    swapped = weights(folder)
+    teacher = flip_head(save_tiny("t2", seed=7, classes=("POSITIVE", "Negative")))
+    student = flip_head(save_tiny("s2", seed=2, classes=("positive", "negative")))
+    other = run(command("other", teacher_id=teacher, student_id=student))
+    one, two = results(plain), results(other)
+    assert one["teacher"]["eval_accuracy"] == two["teacher"]["eval_accuracy"]
+    assert (one["classes"], two["classes"]) == (["negative", "positive"], ["positive", "negative"])
+    assert nearly_same_weights(plain, flip_head(other))
+
+
+def flip_head(folder):
+    flipped = weights(folder)
     for name in ("classifier.weight", "classifier.bias"):
-        swapped[name] = swapped[name].flip(0).contiguous()
-    safetensors.torch.save_file(swapped, f"{folder}/model.safetensors", {"format": "pt"})
-    other = run(command("other", teacher_id=folder))
-    assert same_weights(plain, other)
-    assert results(plain)["teacher"]["eval_accuracy"] == results(other)["teacher"]["eval_accuracy"]
+        flipped[name] = flipped[name].flip(0).contiguous()
+    safetensors.torch.save_file(flipped, f"{folder}/model.safetensors", {"format": "pt"})
+    return folder
 
 
 def test_generic_class_names_are_said_and_others_refused(command, save_tiny, capsys):
     run(command("generic", teacher_id=save_tiny("t1", classes=("LABEL_0", "LABEL_1")), epochs=1))
-    assert "the teacher does not name its classes (LABEL_0, LABEL_1): assumed to be in" in capsys.readouterr().out
+    said = "assumed to be in the same order: the teacher's classes (LABEL_0, LABEL_1) and the data set's"
+    assert said in capsys.readouterr().out
     line = refused(command("other", teacher_id=save_tiny("t2", classes=("sport", "arts"))), capsys)
     assert "(sport, arts)" in line and "(negative, positive)" in line
     line = refused(command("count", teacher_id=save_tiny("t3", classes=("negative", "neutral", "positive"))), capsys)
@@ -379,52 +338,66 @@ def test_generic_class_names_are_said_and_others_refused(command, save_tiny, cap
 def test_cached_and_live_teacher_give_the_same_run(command):
     cached = run(command("cached"))
     live = run(command("live", cache_teacher="false"))
-    assert os.path.exists(f"{cached}/teacher_logits.safetensors") and not os.path.exists(
-        f"{live}/teacher_logits.safetensors"
-    )
+    assert [len(os.listdir(f"{folder}/teacher_logits")) for folder in (cached, live)] == [3, 2]  # eval and test alone
     assert nearly_same_weights(cached, live)
     start = command("x")[command("x").index("--student_id") + 1]
     assert not nearly_same_weights(cached, start)  # there was something to learn
     assert not nearly_same_weights(cached, run(command("hotter", temperature=2.0)))  # and the comparison would see it
 
 
-def count_forwards(monkeypatch):
-    calls = []
-    predict = distill.predict
-    monkeypatch.setattr(distill, "predict", lambda *args: calls.append(args[3]) or predict(*args))
-    return calls
+@pytest.fixture
+def labeled(monkeypatch):
+    """The numbers of examples that the teacher labels, a list that grows."""
+    predict, counts = distill.predict, []
+
+    def watched_predict(model, tokens, *others):
+        if model.config.hidden_size == 48:
+            counts.append(len(tokens))
+        return predict(model, tokens, *others)
+
+    monkeypatch.setattr(distill, "predict", watched_predict)
+    return counts
 
 
-def test_the_cache_serves_another_alpha_and_no_other_teacher_text_or_length(
-    command, save_tiny, write_csv, reviews, monkeypatch, capsys
-):
-    calls = count_forwards(monkeypatch)
+def test_labels_are_made_in_parts_and_found_again(command, save_tiny, more_text, labeled, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "PART", 16)
+    other = save_tiny("other", seed=9, hidden_size=48)
 
-    def labelled(**flags):
-        calls.clear()
+    def count(**flags):
+        labeled.clear()
         capsys.readouterr()
         run(command("run", epochs=1, **flags))
-        return [call for call in calls if "teacher" in call], capsys.readouterr().out
+        assert all(size <= 16 for size in labeled)
+        return sum(labeled), capsys.readouterr().out
 
-    everything = ["teacher labels train", "teacher labels eval", "teacher labels test"]
-    assert labelled()[0] == everything
-    asked, said = labelled(alpha=0.1)
-    assert asked == [] and "teacher's labels for train, eval, test: from" in said
-    asked, said = labelled(max_length=12)
-    assert asked == everything and "made with another text: labelling again" in said
-    asked, said = labelled(teacher_id=save_tiny("other", seed=9), max_length=12)
-    assert asked == everything and "made with another teacher" in said
-    asked, said = labelled(teacher_id=save_tiny("other", seed=9), max_length=12, precision="bf16")
-    assert asked == everything and "made with another precision" in said
-    write_csv("reviews/train.csv", [(text, ("negative", "positive")[label]) for text, label in reviews[1:102]])
-    asked, said = labelled(teacher_id=save_tiny("other", seed=9), max_length=12, precision="bf16")
-    assert asked == ["teacher labels train"] and "another text" in said
+    assert count()[0] == 101 + 53 + 29
+    first = len(os.listdir(f"{output_of(command('run'))}/teacher_logits"))
+    assert first == 7 + 4 + 2
+    asked, said = count(alpha=0.1)
+    assert asked == 0 and "teacher's labels for train: 101 of 101 found in" in said
+    asked, said = count(unlabeled_id=more_text)
+    assert asked == 161 - 96 and "96 of 161 found" in said  # the six whole parts before the new text
+    for flags in ({"max_length": 12}, {"precision": "bf16"}, {"teacher_id": other}):
+        asked, said = count(**flags)
+        assert asked == 183 and "found" not in said, flags
+    assert count()[0] == 0  # all have a file of their own
 
 
-def test_alpha_1_asks_the_teacher_for_no_training_label(command, monkeypatch):
-    calls = count_forwards(monkeypatch)
+def test_a_killed_labeling_goes_on(command, labeled, monkeypatch):
+    arguments, parts = command("killed", epochs=1), "distill.PART = 16\n"
+    killed = start(arguments, parts + DIE + 'at_call("write", distill, 4, counts=lambda _, path: is_label(path))')
+    assert killed.codes == [-signal.SIGKILL]
+    assert len(os.listdir(f"{output_of(arguments)}/teacher_logits")) == 3
+    monkeypatch.setattr(distill, "PART", 16)
+    run(arguments)
+    assert sum(labeled) == 183 - 3 * 16
+    whole = run(command("whole", epochs=1))
+    assert same_weights(whole, output_of(arguments)) and sum(labeled) == 183 - 3 * 16 + 183
+
+
+def test_alpha_1_asks_the_teacher_for_no_training_label(command, labeled):
     folder = run(command("control", alpha=1.0, epochs=1))
-    assert "teacher labels train" not in calls and "teacher labels eval" in calls
+    assert labeled == [53, 29]
     assert results(folder)["student"]["eval_agreement"] > 0
 
 
@@ -443,35 +416,37 @@ def test_a_cased_student_gets_its_own_tokens(command, save_tiny, tokenizer, writ
 def test_a_distilbert_student_of_a_bert_teacher_on_pairs(command, save_tiny, write_csv, reviews):
     """Sentence pairs have token types; BERT takes them, DistilBERT does not."""
     rows = [(a[0], b[0], int(a[1] == b[1])) for a, b in zip(reviews[:60], reviews[60:120], strict=True)]
-    path = write_csv("pairs.csv", rows, ("sentence1", "sentence2", "label"))
     student = save_tiny("student2", "distilbert", dim=32, n_layers=2, n_heads=2, hidden_dim=64, classes=("0", "1"))
-    folder = run(
-        command(
-            "pairs",
-            dataset_id=path,
-            train_split="train[:40]",
-            eval_split="train[40:]",
-            test_split="train[40:50]",
-            teacher_id=save_tiny("t", classes=("0", "1")),
-            student_id=student,
-            max_length=40,
-        )
-    )
+    flags = {
+        "dataset_id": write_csv("pairs.csv", rows, ("sentence1", "sentence2", "label")),
+        "train_split": "train[:40]",
+        "eval_split": "train[40:]",
+        "test_split": "train[40:50]",
+        "max_length": 40,
+    }
+    folder = run(command("pairs", **flags, teacher_id=save_tiny("t", classes=("0", "1")), student_id=student))
     assert transformers.AutoConfig.from_pretrained(folder).model_type == "distilbert"
 
 
-def test_pairs_of_a_distilbert_teacher_keep_the_bert_students_token_types(save_tiny, tokenizer):
-    distilbert = transformers.DistilBertTokenizer.from_pretrained(data.demo_model())
-    pairs = datasets.Dataset.from_dict({"a": ["one two", "three"], "b": ["four", "five six"]})
-    split, single = data.Split(pairs, torch.zeros(2)), data.Split(pairs.select_columns("a"), torch.zeros(2))
-    has_types = "token_type_ids" in distilbert("a", "b")
-    assert data.same_tokenizer(distilbert, tokenizer, split) is has_types
-    assert data.same_tokenizer(distilbert, tokenizer, single)
+def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
+    folder = save_tiny("useless")
+    constant = weights(folder)
+    constant["classifier.weight"].zero_()
+    constant["classifier.bias"] = torch.tensor([1.0, 0.0])
+    safetensors.torch.save_file(constant, f"{folder}/model.safetensors", {"format": "pt"})
+    saved = results(run(command("run", teacher_id=folder)))
+    said = capsys.readouterr().out
+    assert "warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)" in said
+    assert saved["student"]["eval_accuracy"] > saved["teacher"]["eval_accuracy"]
+    assert "note: on eval the student is the better one" in said  # and an equal or better teacher is not blamed:
+    distill.report_teacher({"accuracy": 0.9}, torch.tensor([0, 1, 1]), ["negative", "positive"])
+    assert "warning" not in capsys.readouterr().out
 
 
-def test_teacher_is_fine_tuned_first_and_gives_the_student_its_layers(command, capsys, monkeypatch):
+def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsys, monkeypatch):
     flags = {"teacher_epochs": 2, "teacher_learning_rate": 1e-3, "student_id": "teacher", "student_layers": 1}
     folder = run(command("run", **flags, epochs=1, learning_rate=1e-12))
+    assert "note: on eval the student is" not in capsys.readouterr().out
     teacher, student = weights(f"{folder}/teacher"), weights(folder)
     shared = [name for name in student if "layer.0" in name or "embeddings" in name]
     assert len(shared) > 15 and not any("layer.1." in name for name in student)
@@ -479,20 +454,19 @@ def test_teacher_is_fine_tuned_first_and_gives_the_student_its_layers(command, c
     assert all(torch.allclose(student[name], teacher[last[name]], atol=1e-6) for name in shared)
     original = weights(command("x")[1])
     assert not torch.allclose(teacher["classifier.weight"], original["classifier.weight"], atol=1e-4)
-    before = teacher
-    capsys.readouterr()
-    run(command("run", **flags, epochs=1, alpha=0.2))
-    said = capsys.readouterr().out
-    assert "teacher: fine-tuned already" in said and "teacher's labels for train" in said
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(f"{folder}/teacher").items())
 
+    def again(**others):
+        run(command("run", **{**flags, "epochs": 1, **others}))
+        assert all(torch.equal(teacher[name], tensor) for name, tensor in weights(f"{folder}/teacher").items())
+        return "teacher: fine-tuned already" in capsys.readouterr().out
+
+    assert again(alpha=0.2) and again(temperature=2.0) and again(student_layers=2)
+    assert again(unlabeled_id=more_text)  # a teacher learns from labeled text alone
     # Another teacher's training is begun in the same folder and given up: the first is no longer there to be found.
     with monkeypatch.context() as patched:
-        patched.setattr(distill, "save_checkpoint", lambda *args: distill.fail("stopped here"))
+        patched.setattr(distill, "training_step", lambda *args: distill.fail("stopped here"))
         refused(command("run", **{**flags, "teacher_epochs": 1}, epochs=1), capsys)
-    run(command("run", **flags, epochs=1))
-    assert "fine-tuned already" not in capsys.readouterr().out
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(f"{folder}/teacher").items())
+    assert not again()
 
 
 def test_the_teachers_memory_is_freed_before_the_student_trains(command, monkeypatch):
@@ -510,19 +484,7 @@ def test_the_teachers_memory_is_freed_before_the_student_trains(command, monkeyp
     monkeypatch.setattr(distill, "predict", watched_predict)
     monkeypatch.setattr(distill, "training_step", watched_step)
     run(command("run", epochs=1))
-    assert not any(alive)
-
-
-def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
-    folder = save_tiny("useless")
-    constant = weights(folder)
-    constant["classifier.weight"].zero_()
-    constant["classifier.bias"] = torch.tensor([1.0, 0.0])
-    safetensors.torch.save_file(constant, f"{folder}/model.safetensors", {"format": "pt"})
-    run(command("run", teacher_id=folder, epochs=1))
-    assert (
-        "warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)" in capsys.readouterr().out
-    )
+    assert len(alive) == 7 and not any(alive)
 
 
 # --- the training loop -----------------------------------------------------------------------------------------------
@@ -562,17 +524,35 @@ def test_learning_rate():
     assert distill.learning_rate_at(0, 10, args) == 1.0 and distill.learning_rate_at(9, 10, args) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains(command, precision):
+def test_half_precision_trains(command):
     gently = {"epochs": 1, "learning_rate": 1e-4}
-    exact, half = run(command("exact", **gently)), run(command("half", **gently, precision=precision))
-    one, other = weights(exact), weights(half)
-    assert {tensor.dtype for tensor in other.values()} == {torch.float32}
-    assert 0 < max((one[name] - other[name]).abs().max().item() for name in one) < 0.05
-    losses = [
-        [json.loads(line) for line in open(f"{folder}/metrics.jsonl")][-1]["eval_loss"] for folder in (exact, half)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    exact = run(command("exact", **gently))
+    for precision in ("bf16", "fp16"):
+        half = run(command(precision, **gently, precision=precision))
+        one, other = weights(exact), weights(half)
+        assert {tensor.dtype for tensor in other.values()} == {torch.float32}
+        assert 0 < max((one[name] - other[name]).abs().max().item() for name in one) < 0.05
+        assert metrics(exact)[-1]["eval_loss"] == pytest.approx(metrics(half)[-1]["eval_loss"], rel=0.02)
+
+
+def test_compiled_trains_the_same(command, save_tiny, tmp_path, monkeypatch):
+    """torch.compile for real, by the C++ compiler, whose code differs in rounding alone."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = {"student_id": save_tiny("one", num_hidden_layers=1), "epochs": 1, "learning_rate": 1e-4}
+    plain = run(command("plain", **flags))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    compiled = run(command("compiled", **flags, compile="true"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # the check before the start, and the student
+    assert nearly_same_weights(plain, compiled) and not same_weights(plain, compiled)
+
+
+def test_compile_without_a_compiler_is_told_before_the_work(command, tmp_path):
+    words = [f"{ROOT}/distill.py", *command("run", compile="true")]  # torch looks at CXX when it is imported
+    told = start_anew(words, CXX="no-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
+    assert "error: --compile does not work on this machine: " in told.stderr and told.stdout == ""
 
 
 def test_gradients_are_unscaled_before_they_are_clipped(command, monkeypatch):
@@ -603,7 +583,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, capsys, monkeypatch):
 
     monkeypatch.setattr(distill, "training_step", poisoned_step)
     arguments = command("run", save_steps=1)
-    assert "loss is not finite at step 10: lower --learning_rate" in refused(arguments, capsys)
+    assert "the student's loss is not finite: lower --learning_rate" in refused(arguments, capsys)
     state = torch.load(f"{output_of(arguments)}/checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 9 and all(tensor.isfinite().all() for tensor in state["model"].values())
     monkeypatch.setattr(distill, "training_step", step)
@@ -635,17 +615,42 @@ def test_one_skipped_fp16_step_does_not_stop_the_run(command, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in weights(folder).values())
 
 
-def test_fifty_steps_are_the_trainers(command, tmp_path, save_tiny, tokenizer, write_csv, reviews, monkeypatch):
+def test_the_best_epoch_is_kept_by_what_was_asked_for(command, monkeypatch):
+    """Three epochs, each the best by something else; and among equals the lowest loss decides."""
+    scores = [
+        {"accuracy": 0.7, "macro_f1": 0.6, "loss": 0.9},
+        {"accuracy": 0.6, "macro_f1": 0.7, "loss": 0.8},
+        {"accuracy": 0.7, "macro_f1": 0.5, "loss": 0.8},
+        {"accuracy": 0.5, "macro_f1": 0.6, "loss": 0.7},
+    ]
+    for best_by, epoch in (("accuracy", 3), ("macro_f1", 2), ("loss", 4)):
+        given, saved = iter([*scores, {"accuracy": 0.0}, {"accuracy": 0.0}]), []
+        monkeypatch.setattr(distill, "evaluate", lambda *args, given=given: {"macro_f1": 0, "loss": 0, **next(given)})
+        save_checkpoint = distill.RunFiles.save_checkpoint
+
+        def keeping(files, progress, *others, saved=saved, save_checkpoint=save_checkpoint):
+            saved.append({name: tensor.clone() for name, tensor in files.model.state_dict().items()})
+            save_checkpoint(files, progress, *others)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(distill.RunFiles, "save_checkpoint", keeping)
+            kept = weights(run(command(best_by, best_by=best_by, epochs=4)))
+        assert [all(torch.equal(kept[name], epoch[name]) for name in kept) for epoch in saved] == [
+            number == epoch for number in (1, 2, 3, 4)
+        ], best_by
+
+
+def test_fifty_steps_are_the_trainers(command, tmp_path, tokenizer, write_csv, reviews, monkeypatch):
     """The published Trainer subclass, on the same batches in the same order, ends at the same weights."""
     write_csv("reviews/train.csv", [(text, ("negative", "positive")[label]) for text, label in reviews[:160]])
     arguments = command("ours", cache_teacher="false", epochs=5, learning_rate=5e-5, seed=7)
-    save_checkpoint, states = distill.save_checkpoint, []
+    save_checkpoint, states = distill.RunFiles.save_checkpoint, []
 
-    def keeping_checkpoint(checkpoint, stage, progress, model, *others):
-        states.append((progress.step, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
-        save_checkpoint(checkpoint, stage, progress, model, *others)
+    def keeping_checkpoint(files, progress, *others):
+        states.append((progress.step, {name: tensor.clone() for name, tensor in files.model.state_dict().items()}))
+        save_checkpoint(files, progress, *others)
 
-    monkeypatch.setattr(distill, "save_checkpoint", keeping_checkpoint)
+    monkeypatch.setattr(distill.RunFiles, "save_checkpoint", keeping_checkpoint)
     run(arguments)
     steps, ours = states[-1]
     assert steps == 50
@@ -680,21 +685,74 @@ def test_fifty_steps_are_the_trainers(command, tmp_path, save_tiny, tokenizer, w
     assert max((ours[name] - before[name]).abs().max().item() for name in names) > 1e-3
 
 
-# --- what a run leaves -----------------------------------------------------------------------------------------------
+# --- what a run says -------------------------------------------------------------------------------------------------
+
+
+class Hasty(tqdm.tqdm):
+    """tqdm with a twentieth of a second for a minute."""
+
+    def __init__(self, **options):
+        super().__init__(**{name: 0.05 if value == 60 else value for name, value in options.items()})
+
+
+def test_without_a_terminal_a_line_a_minute_says_where_the_run_is(command, monkeypatch, capfd):
+    forward = distill.forward
+    monkeypatch.setattr(distill, "tqdm", Hasty)
+    monkeypatch.setattr(distill, "LOG_STEPS", 1)
+    monkeypatch.setattr(distill, "PREDICTION_TOKENS", {"cpu": 128})
+    monkeypatch.setattr(distill, "forward", lambda *args: time.sleep(0.02) or forward(*args))
+    run(command("run", epochs=2))
+    out, err = capfd.readouterr()
+    assert err == "" and not re.search(r"[\r\x1b\x08]", out)
+    rate = r"[ \d.]+ examples/s"
+    for stage, more in (("student, epoch 1/2", r", loss=\d\.\d{4}"), ("teacher labels train", "")):
+        lines = re.findall(rf"^{stage}: (\d+) of 101 examples{more}, {rate}$", out, re.MULTILINE)
+        done = [int(count) for count in lines]
+        assert len(done) >= 2 and done == sorted(set(done)) and done[0] > 0 and done[-1] <= 101, out
+
+
+def test_on_a_terminal_the_bar_stays_alone(command):
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    shown, slow = (
+        [],
+        "step = distill.training_step\ndistill.training_step = lambda *args: time.sleep(0.1) or step(*args)",
+    )
+
+    def watch():
+        with contextlib.suppress(OSError):  # when the terminal is closed
+            while True:
+                shown.append(os.read(controller, 100_000))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    assert start(command("run", epochs=1), slow, files=[os.ttyname(terminal)] * 2).codes == [0]
+    os.close(terminal)
+    watcher.join()
+    os.close(controller)
+    shown = b"".join(shown).decode()
+    assert re.search(r"\rstudent, epoch 1/1: +\d+%\|.*\| \d+/101 \[", shown)
+    assert "of 101 examples" not in shown
 
 
 def test_a_run_leaves_what_the_design_says(command, capfd, reviews):
-    folder = run(command("run", report_to="tensorboard"))
+    old_umask = os.umask(0o027)
+    try:
+        folder = run(command("run", report_to="tensorboard"))
+    finally:
+        os.umask(old_umask)
     out, err = capfd.readouterr()
     assert not re.search(r"[\r\x1b]", out + err), "control characters in a file"
-    assert err == ""
+    assert err == "" and "examples/s" not in out  # it took less than a minute
     headline = json.loads(out.splitlines()[-1])
     saved = results(folder)
-    assert headline == {name: saved[name] for name in headline} and {"teacher", "student", "seconds"} <= headline.keys()
+    assert headline == {name: saved[name] for name in ("teacher", "student", "seconds")}
+    assert saved["seconds"].keys() == {"labeling", "training"}
     for who in ("teacher", "student"):
         assert {"parameters", "eval_accuracy", "test_accuracy"} <= saved[who].keys()
     assert {"eval_agreement", "test_agreement", "eval_macro_f1", "test_macro_f1"} <= saved["student"].keys()
     assert saved["arguments"]["alpha"] == 0.5 and saved["versions"]["torch"] == torch.__version__
+    assert saved["examples"] == {"train": 101, "eval": 53, "test": 29, "unlabeled": 0} and "search" not in saved
 
     rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl", encoding="utf-8")]
     training = [row for row in rows if "loss" in row]
@@ -711,17 +769,25 @@ def test_a_run_leaves_what_the_design_says(command, capfd, reviews):
 
     assert not os.path.exists(f"{folder}/checkpoint.pt") and os.listdir(f"{folder}/runs")
     assert not [name for name in os.listdir(folder) if "tmp" in name or name.startswith(".")]
+    written = [f"{folder}/{name}" for name in os.listdir(folder) if name not in ("runs", "teacher_logits")]
+    written += [f"{folder}/teacher_logits/{name}" for name in os.listdir(f"{folder}/teacher_logits")]
+    assert {stat.S_IMODE(os.stat(file).st_mode) for file in written} == {0o640}  # as the umask says
     classify = transformers.pipeline("text-classification", folder)
     answers = classify([text for text, _ in reviews[154:183]], truncation=True)
-    assert {answer["label"] for answer in answers} <= {"negative", "positive"}
     right = [
         answer["label"] == ("negative", "positive")[label]
         for answer, (_, label) in zip(answers, reviews[154:183], strict=True)
     ]
     assert sum(right) / 29 == pytest.approx(saved["student"]["test_accuracy"])
 
+    # Another student in its place: bench.py's export of the first one goes.
+    os.mkdir(f"{folder}/onnx")
+    Path(f"{folder}/onnx/model.onnx").touch()
+    run(command("run", epochs=1))
+    assert not os.path.exists(f"{folder}/onnx")
 
-def test_model_card(command, save_tiny, monkeypatch):
+
+def test_model_card(command):
     folder = run(command("run", epochs=1))
     card = huggingface_hub.ModelCard.load(f"{folder}/README.md")
     assert card.data.pipeline_tag == "text-classification" and card.data.library_name == "transformers"
@@ -741,10 +807,27 @@ def test_model_card(command, save_tiny, monkeypatch):
     assert distill.hub_id("google/bert_uncased_L-2_H-128_A-2", None) == "google/bert_uncased_L-2_H-128_A-2"
 
 
+def test_class_names_that_the_terminal_cannot_show(command, save_tiny, write_csv, reviews):
+    rows = [(text, ("gut", "schön")[label]) for text, label in reviews[:60]]
+    flags = {"dataset_id": write_csv("deutsch.csv", rows), "test_split": "train[:30]", "epochs": 1}
+    teacher = save_tiny("deutsch", classes=("gut", "schön"))
+    arguments = command("run", **flags, teacher_id=teacher, student_id="teacher")
+    # The interpreter reads PYTHONIOENCODING when it starts; alone, a process needs no network either.
+    script = f"{ROOT}/distill.py"
+    finished = start_anew([script, *arguments], PYTHONIOENCODING="ascii", GLOO_SOCKET_IFNAME="eth9")
+    assert finished.returncode == 0 and finished.stderr == "", finished.stderr
+    assert "classes: gut, sch\\xf6n" in finished.stdout
+    assert results(output_of(arguments))["classes"] == ["gut", "schön"]
+
+
 def test_a_missing_package_is_named(command, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    arguments = command("run", report_to="tensorboard")
-    assert "pip install tensorboard" in refused(arguments, capsys)
+    for module, flags, message in (
+        ("torch.utils.tensorboard", {"report_to": "tensorboard"}, "pip install tensorboard"),
+        ("optuna", {"n_trials": 2}, "pip install optuna"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module, None)
+            assert message in refused(command("run", **flags), capsys)
 
 
 def test_data_errors_end_the_run_before_anything_is_written(command, capsys, write_csv):
@@ -781,11 +864,18 @@ configs:
 
 
 @pytest.fixture
-def hub(tmp_path, save_tiny, old_repository, reviews):
+def hub(tmp_path, monkeypatch):
+    (tmp_path / "hub/models").mkdir(parents=True)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with HubStandin(tmp_path / "hub") as hub:
+        yield hub
+
+
+def test_the_published_command_line_and_a_push(hub, tmp_path, save_tiny, old_repository, reviews):
     """The published pair and GLUE's SST-2 in small, as their repositories are laid out."""
-    folder = tmp_path / "hub"
     save_tiny("hub/models/textattack/bert-base-uncased-SST-2", classes=("LABEL_0", "LABEL_1"))
-    old_repository(str(folder / "models/google/bert_uncased_L-2_H-128_A-2"))
+    old_repository(str(tmp_path / "hub/models/google/bert_uncased_L-2_H-128_A-2"))
     features = datasets.Features(
         {
             "sentence": datasets.Value("string"),
@@ -793,7 +883,7 @@ def hub(tmp_path, save_tiny, old_repository, reviews):
             "idx": datasets.Value("int32"),
         }
     )
-    glue = folder / "datasets/nyu-mll/glue"
+    glue = tmp_path / "hub/datasets/nyu-mll/glue"
     for split, rows in (("train", reviews[:200]), ("validation", reviews[200:250]), ("test", reviews[250:270])):
         columns = {
             "sentence": [text for text, _ in rows],
@@ -803,23 +893,17 @@ def hub(tmp_path, save_tiny, old_repository, reviews):
         table = datasets.Dataset.from_dict(columns, features=features)
         table.to_parquet(glue / "sst2" / f"{split}-00000-of-00001.parquet")
     (glue / "README.md").write_text(GLUE_README)
-    with HubStandin(folder) as hub:
-        yield hub
 
-
-def test_the_published_command_line_and_a_push(hub, tmp_path):
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_TOKEN": TOKEN,
-        "NO_PROXY": "127.0.0.1",
-    }
-    finished = start(["--hub_model_id", "me/tiny-sst2"], cwd=tmp_path, **environment)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
+    words = [f"{ROOT}/distill.py", "--hub_model_id", "me/tiny-sst2"]
+    finished = start_anew(words, cwd=tmp_path, **environment)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "" and TOKEN not in finished.stdout
     saved = results(tmp_path / "outputs")
     assert saved["arguments"]["epochs"] == 7 and saved["examples"] == {"train": 200, "eval": 50, "unlabeled": 0}
     assert TOKEN not in json.dumps(saved)
+    # It is the Hub's default whether a repository is public: an organization's may be private.
+    assert not {"visibility", "private"} & hub.created["me/tiny-sst2"].keys()
     pushed = tmp_path / "hub/models/me/tiny-sst2"
     assert same_weights(pushed, tmp_path / "outputs")
     assert {"README.md", "config.json", "tokenizer.json", "results.json"} <= set(os.listdir(pushed))
@@ -828,74 +912,69 @@ def test_the_published_command_line_and_a_push(hub, tmp_path):
     assert card.base_model == "google/bert_uncased_L-2_H-128_A-2" and card.datasets == ["nyu-mll/glue"]
     assert card.eval_results[0].dataset_config == "sst2" and card.eval_results[0].metric_type == "accuracy"
 
-    hub.refuse_push = True
-    arguments = ["--hub_model_id", "me/another", "--output_dir", "second", "--epochs", "1"]
-    refused = start(arguments, cwd=tmp_path, **environment)
-    assert refused.returncode == 2 and json.loads(refused.stdout.splitlines()[-1])["student"]
-    assert refused.stderr.count("\n") == 1 and "hf upload me/another second" in refused.stderr
-    assert TOKEN not in refused.stderr and os.path.exists(tmp_path / "second/model.safetensors")
-
-    hidden = start(["--test_split", "test", "--output_dir", "third"], cwd=tmp_path, **environment)
-    assert hidden.returncode == 2 and "labels of -1" in hidden.stderr
+    hidden = start_anew([words[0], "--test_split", "test", "--output_dir", "third"], cwd=tmp_path, **environment)
+    assert hidden.returncode == 2 and "hidden, as in GLUE's test splits" in hidden.stderr
 
 
-def test_a_run_that_ends_while_it_pushes_need_not_train_again(command, capsys, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    monkeypatch.setattr(distill, "push", lambda args: distill.fail("stopped here"))
-    assert "stopped here" in refused(command("run", hub_model_id="me/student"), capsys)
-    monkeypatch.setattr(distill, "push", lambda args: None)
+@pytest.fixture
+def pushing(hub, monkeypatch, tmp_path):
+    """The stand-in, for runs in this process."""
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    huggingface_hub.close_session()  # it has read the proxies' settings
+    return hub
+
+
+def test_what_the_hub_refuses_is_told_before_the_work(command, pushing, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "read_task", None)
+
+        def told(repository):
+            line = refused(command("run", hub_model_id=repository), capsys)
+            assert f"cannot create {repository} on the Hub" in line and TOKEN not in line
+            return line
+
+        assert "Repo id must" in told("not/a/repository")
+        (pushing.folder / "models/me/old").mkdir(parents=True)
+        pushing.refuse_push = True
+        for repository in ("me/new", "me/old"):  # also where the repository is there already
+            assert "rights" in told(repository)
+        pushing.refuse_push = False
+        patched.delenv("HF_TOKEN")
+        for repository in ("me/new", "me/old"):
+            told(repository)
+    assert pushing.created == {}
+
+
+def test_a_push_that_fails_need_not_train_again(command, pushing, capsys, monkeypatch):
+    """The Hub takes the repository and later refuses the commit."""
+    arguments, card = command("run", hub_model_id="me/student", hub_private="true"), distill.write_model_card
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "write_model_card", lambda *args: card(*args) or setattr(pushing, "refuse_push", True))
+        line = refused(arguments, capsys)
+    folder = output_of(arguments)
+    assert f"the student is safe in {folder}" in line and TOKEN not in line
+    assert pushing.created["me/student"]["visibility"] == "private"
+    pushing.refuse_push = False
     monkeypatch.setattr(distill, "training_step", None)
-    assert not os.path.exists(f"{run(command('run', hub_model_id='me/student'))}/checkpoint.pt")
-
-
-def test_a_push_without_token_is_refused_before_the_work(command, capsys, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    assert "HF_TOKEN" in refused(command("run", hub_model_id="me/student"), capsys)
-    assert "--hub_model_id" in refused(command("run", hub_model_id="not/a/repository"), capsys)
+    assert same_weights(run(arguments), pushing.folder / "models/me/student")
+    assert not os.path.exists(f"{folder}/checkpoint.pt")
 
 
 # --- continuing ------------------------------------------------------------------------------------------------------
 
-DIE = """
-import os, signal, sys
-import torch
-import distill
-
-def die():
-    sys.stdout.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args: True):
-    # Die at the number-th call of owner.name for which counts() holds, after before().
-    function, calls = getattr(owner, name), []
-    def wrapper(*args, **kwargs):
-        calls.extend([1] * counts(*args))
-        if not counts(*args):
-            return function(*args, **kwargs)
-        if len(calls) == number:
-            before(*args)
-            die()
-        return function(*args, **kwargs)
-    setattr(owner, name, wrapper)
-
-def half_a_file(state, file):
-    torch.serialization.save(state, file)
-    file.flush()
-    os.truncate(file.name, os.path.getsize(file.name) // 2)
-
-MOMENT
-distill.main(sys.argv[1:])
-"""
 # The teacher has 2 epochs of 7 steps, the student 3; a checkpoint every 2 steps and after each epoch.
 MOMENTS = {
     "fine-tuning the teacher": 'at_call("training_step", distill, 10)',
-    "labelling": 'at_call("predict", distill, 1, counts=lambda *args: args[3] == "teacher labels eval")',
+    "the teacher is finished": """import pathlib
+at_call("unlink", pathlib.Path, 1, counts=lambda path, **_: path.name == "checkpoint.pt")""",
+    "labeling": 'at_call("write", distill, 2, counts=lambda _, path: is_label(path))',
     "within an epoch": 'at_call("training_step", distill, 14 + 11)',
     "evaluating an epoch": 'at_call("evaluate", distill, 2 + 2)',
-    "between a best epoch and its checkpoint": """at_call(
-        "save_checkpoint", distill, 1, counts=lambda *args: args[1] == "student" and args[2].step == 7
-    )""",
-    "writing a checkpoint": 'at_call("save", torch, 13, half_a_file, lambda state, file: hasattr(file, "name"))',
+    "between a best epoch and its checkpoint": 'at_call("save_checkpoint", distill.RunFiles, 8 + 4)',
+    "writing a checkpoint": 'at_call("save", torch, 13, half_a_file, counts=lambda value, _: isinstance(value, dict))',
     "after the last epoch": 'at_call("finish", distill, 1)',
 }
 
@@ -908,46 +987,86 @@ def with_dropout(command, save_tiny):
     return lambda output: command(output, **flags)
 
 
-def test_a_checkpoint_of_every_step_can_be_continued(command, capsys):
-    """The last step of an epoch is the one that might fall between the epoch's two halves."""
-    undisturbed = run(command("undisturbed", save_steps=1))
-    arguments = command("killed", save_steps=1)
-    code = DIE.replace("MOMENT", 'at_call("evaluate", distill, 2)')
-    assert start(arguments, code).returncode == -signal.SIGKILL
-    assert same_weights(undisturbed, run(arguments))
-
-
 def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout, capsys):
-    undisturbed = run(with_dropout("undisturbed"))
+    undisturbed, left = run(with_dropout("undisturbed")), []
     for moment, line in MOMENTS.items():
         arguments = with_dropout(moment.replace(" ", "_"))
-        killed = start(arguments, DIE.replace("MOMENT", line))
-        assert killed.returncode == -signal.SIGKILL, (moment, killed.stderr)
+        killed = start(arguments, DIE + line)
+        assert killed.codes == [-signal.SIGKILL], (moment, killed.err)
         capsys.readouterr()
         folder = run(arguments)
-        assert "continuing the " in capsys.readouterr().out or moment == "labelling", moment
+        continued = "continuing the " in capsys.readouterr().out
+        assert continued == (moment not in ("labeling", "the teacher is finished")), moment
         assert not os.path.exists(f"{folder}/checkpoint.pt")
+        left.extend([moment] * os.path.exists(f"{folder}/teacher/checkpoint.pt"))
         for part in (".", "teacher"):
             assert same_weights(f"{undisturbed}/{part}", f"{folder}/{part}"), moment
             assert metrics(f"{undisturbed}/{part}") == metrics(f"{folder}/{part}"), moment
+    assert left == []  # a checkpoint of a finished teacher, in the way of another teacher's
+
+
+def test_a_checkpoint_of_every_step_can_be_continued(command):
+    """The last step of an epoch is the one that might fall between the epoch's two halves."""
+    undisturbed = run(command("undisturbed", save_steps=1))
+    arguments = command("killed", save_steps=1)
+    assert start(arguments, DIE + 'at_call("evaluate", distill, 2)').codes == [-signal.SIGKILL]
+    assert same_weights(undisturbed, run(arguments))
 
 
 def test_checkpoints_that_cannot_be_continued(command, save_tiny, capsys, monkeypatch):
     monkeypatch.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
     refused(command("run"), capsys)
+    monkeypatch.setattr(distill, "train", None)  # what is refused is refused before the teacher is fine-tuned
+    monkeypatch.setattr(distill, "label_with_teacher", None)
     path = f"{output_of(command('run'))}/checkpoint.pt"
-    untouched = open(path, "rb").read()
-    line = refused(command("run", alpha=0.25, epochs=9), capsys)
-    assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
-    assert open(path, "rb").read() == untouched
+    untouched = Path(path).read_bytes()
+    for flags in ({}, {"teacher_epochs": 1}):
+        line = refused(command("run", alpha=0.25, epochs=9, **flags), capsys)
+        assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
+    assert Path(path).read_bytes() == untouched
     teacher = command("run")[1]
     save_tiny(os.path.basename(teacher), seed=99, num_hidden_layers=3, hidden_size=48)
     assert "digest of the teacher was" in refused(command("run"), capsys)
     for damaged in (untouched[: len(untouched) // 2], b"", b"no checkpoint"):
-        with open(path, "wb") as file:
-            file.write(damaged)
+        Path(path).write_bytes(damaged)
         line = refused(command("run"), capsys)
         assert f"{path} is damaged" in line and "delete it" in line
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+INTERRUPTED = "distill.py: error: interrupted: the same command continues from the last checkpoint\n"
+# One rank dawdles: it is in Python when the signal comes, while the others wait for it in a collective operation.
+DAWDLE = """
+step, calls = distill.training_step, []
+def dawdling_step(*args):
+    calls.append(1)
+    if len(calls) == 12 and os.environ.get("RANK", "0") == "DAWDLER":
+        print("now", flush=True)
+        time.sleep(20)
+    return step(*args)
+distill.training_step = dawdling_step
+"""
+
+
+def test_ctrl_c(command):
+    undisturbed, arguments = run(command("undisturbed")), command("interrupted")
+    stopped = start(arguments, DAWDLE.replace("DAWDLER", "0"), interrupt_at="now")
+    assert stopped.codes == [130] and stopped.err == INTERRUPTED
+    state = torch.load(f"{output_of(arguments)}/checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == 7
+    assert same_weights(undisturbed, run(arguments))
+
+
+def test_ctrl_c_reaches_every_rank(command):
+    undisturbed = command("undisturbed")
+    assert start(undisturbed, ranks=2).codes == [0, 0]
+    for rank in ("0", "1"):
+        arguments = command(f"interrupted{rank}")
+        stopped = start(arguments, DAWDLE.replace("DAWDLER", rank), ranks=2, interrupt_at="now")
+        assert stopped.codes == [130, 130] and stopped.err == INTERRUPTED, (rank, stopped)
+        assert start(arguments, ranks=2).codes == [0, 0]
+        assert same_weights(output_of(undisturbed), output_of(arguments))
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------
@@ -963,123 +1082,127 @@ def file_size_limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-FULL_DISKS = {  # file -> the function of distill.py from whose n-th call on the disk is full; the size limit
-    "teacher_logits.safetensors": ("write_cache", 1, 100),
-    "metrics.jsonl": ("train", 1, 10),
-    "model.safetensors": ("save_model", 2, 100_000),
-    "checkpoint.pt": ("write_checkpoint", 2, 100_000),
-    "results.json": ("finish", 1, 100),
-    "README.md": ("write_model_card", 1, 100),
-    "runs": ("summary_writer", 2, 10),
+# File -> from which call of which function on the disk is full, and the size limit. The calls of write(): 3 for labels,
+# 1 for an empty metrics.jsonl, 7 for checkpoints, 1 for results, 1 for the model card.
+FULL_DISKS = {
+    "teacher_logits/": (distill, "write", 2, 100),
+    "metrics.jsonl": (distill.RunFiles, "append", 1, 10),
+    "model.safetensors": (distill, "save_model", 2, 100_000),
+    "checkpoint.pt": (distill, "write", 6, 100_000),
+    "results.json": (distill, "write", 12, 100),
+    "README.md": (distill, "write", 13, 100),
 }
 
 
-@pytest.mark.parametrize("file", FULL_DISKS)
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(command, file, monkeypatch, capsys):
-    name, number, size = FULL_DISKS[file]
-    function, calls = getattr(distill, name), []
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(command, monkeypatch, capsys):
+    undisturbed = run(command("undisturbed", save_steps=5))
+    for file, (owner, name, number, size) in FULL_DISKS.items():
+        function, calls = getattr(owner, name), []
+        arguments = command(file.strip("/."), save_steps=5)
+        folder = output_of(arguments)
+        with contextlib.ExitStack() as limit, monkeypatch.context() as patched:
 
-    def limiting(*args, **flags):
-        calls.append(1)
-        if len(calls) == number:
-            limit.enter_context(file_size_limit(size))
-        return function(*args, **flags)
+            def limiting(*args, function=function, calls=calls, number=number, size=size, limit=limit):
+                calls.append(1)
+                if len(calls) == number:
+                    limit.enter_context(file_size_limit(size))
+                return function(*args)
 
-    arguments = command("run", report_to="tensorboard" if file == "runs" else "none", save_steps=5)
-    with contextlib.ExitStack() as limit, monkeypatch.context() as patched:
-        patched.setattr(distill, name, limiting)
-        line = refused(arguments, capsys)
-    folder = output_of(arguments)
-    assert re.search(f"error: cannot write {folder}/{file}: .*File too large.*; fix that and repeat", line)
-    assert not [name for name in os.listdir(folder) if "tmp" in name or name.startswith(".")]
-    run(arguments)
-    assert same_weights(folder, run(command("undisturbed", save_steps=5)))
-    assert metrics(folder) == metrics(output_of(command("undisturbed")))
-
-
-FULL_ON_TWO_RANKS = """
-import os, resource, sys
-import distill
-
-save_model, leave = distill.save_model, sys.exit
-
-def save_on_full_disk(*args):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    save_model(*args)
-
-def tell_code(code):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(code, file=open(__file__ + os.environ["RANK"], "w"))
-    leave(code)
-
-distill.save_model, sys.exit = save_on_full_disk, tell_code
-distill.main()
-"""
-
-
-def test_a_full_disk_ends_every_rank_with_exit_code_2(command, tmp_path):
-    script = tmp_path / "full.py"
-    script.write_text(FULL_ON_TWO_RANKS)
-    finished = start(command("run"), torchrun=2, script=str(script), PYTHONPATH=ROOT)
-    assert [(tmp_path / f"full.py{rank}").read_text() for rank in (0, 1)] == ["2\n", "2\n"], finished.stderr
-    assert finished.stderr.count("error: cannot write") == 1
+            patched.setattr(owner, name, limiting)
+            line = refused(arguments, capsys)
+        assert re.search(f"error: cannot write {folder}/{file}[^ ]*, fix that and repeat .*: File too large", line), (
+            line
+        )
+        run(arguments)
+        assert same_weights(folder, undisturbed), file
+        assert metrics(folder) == metrics(undisturbed), file
+        assert not [name for name in os.listdir(folder) if "tmp" in name or name.startswith(".")]
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-RECORD_GRADIENTS = """
-import sys
-import torch
-import distill
+def test_a_full_disk_ends_every_rank_with_exit_code_2(command):
+    finished = start(
+        command("run"),
+        """
+import resource
+save_model = distill.save_model
+def save_on_full_disk(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    save_model(*args)
+distill.save_model = save_on_full_disk
+""",
+        ranks=2,
+    )
+    assert finished.codes == [2, 2], finished.err
+    assert finished.err.count("\n") == finished.err.count("error: cannot write") == 1
 
-step, clip = distill.training_step, torch.nn.utils.clip_grad_norm_
+
+RECORD_GRADIENTS = """
+distill.PART, step, clip = 32, distill.training_step, torch.nn.utils.clip_grad_norm_
 
 def watched_step(*args):
     assert not getattr(args[0], "will_sync_module_buffers", bool)(), "DDP sends constants"
     return step(*args)
 
 def recording_clip(*args):
-    with open(distill.parse_args(sys.argv[1:]).output_dir + "/norms", "a") as file:
+    with open(distill.parse_args(sys.argv[1:]).output_dir + "/norms" + os.environ.get("RANK", "0"), "a") as file:
         print(clip(*args).item(), file=file)
 
 distill.training_step, torch.nn.utils.clip_grad_norm_ = watched_step, recording_clip
-distill.main()
 """
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_several_ranks_train_like_one(command, tmp_path, ranks):
-    script = tmp_path / "record.py"
-    script.write_text(RECORD_GRADIENTS)
-    one, two = command("one"), command("several")
-    for arguments, processes in ((one, 1), (two, ranks)):
-        finished = start(arguments, torchrun=processes, script=str(script), PYTHONPATH=ROOT)
-        assert finished.returncode == 0, finished.stderr
-    assert "Warning" not in finished.stderr
-    assert len(re.findall("eval accuracy", finished.stdout)) == 1 + 3 + 1  # one rank speaks: teacher, epochs, table
-    assert nearly_same_weights(output_of(one), output_of(two))
-    assert results(output_of(two))["processes"] == ranks
+def test_several_ranks_train_like_one(command, ranks):
+    one, several = command("one"), command("several")
+    assert start(one, RECORD_GRADIENTS).codes == [0]
+    finished = start(several, RECORD_GRADIENTS, ranks=ranks)
+    assert finished.codes == [0] * ranks and "Warning" not in finished.err, finished.err
+    assert len(re.findall("eval accuracy", finished.out)) == 1 + 3 + 1  # one rank speaks: teacher, epochs, table
+    one, several = output_of(one), output_of(several)
+    assert nearly_same_weights(one, several)
+    assert results(several)["processes"] == ranks
     # Exactly the same evaluation: the same batches, each computed by one rank.
-    teacher, its = results(output_of(one))["teacher"], results(output_of(two))["teacher"]
-    assert teacher == its
-    # Adam would hide a gradient of the wrong size, so compare the gradients too. Every rank records.
-    norms = [[float(line) for line in open(f"{output_of(words)}/norms")] for words in (one, two)]
-    assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1][::ranks], rel=1e-3)
-    losses = [[row["loss"] for row in metrics(output_of(words)) if "loss" in row] for words in (one, two)]
+    assert results(one)["teacher"] == results(several)["teacher"]
+    # Adam would hide a gradient of the wrong size, so compare the gradients too.
+    norms = [[float(line) for line in open(f"{folder}/norms0")] for folder in (one, several)]
+    assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert {open(f"{several}/norms{rank}").read() for rank in range(1, ranks)} == {open(f"{several}/norms0").read()}
+    losses = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (one, several)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_torchrun(command):
+    """The real command: too little work for each rank is one line, in which all ranks agree."""
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", f"{ROOT}/distill.py"]
+    finished = start_anew([*words, *command("run", batch_size=1)])
+    assert finished.returncode != 0 and '/distill.py", line' not in finished.stderr  # only torchrun's own traceback
+    errors = [line for line in finished.stderr.splitlines() if "error: batches of 1 examples" in line]
+    assert len(errors) == 1, finished.stderr
+    assert "exitcode  : 2 " in finished.stderr, finished.stderr  # of the first; torchrun may end the other itself
+    arguments = command("run", epochs=1)
+    finished = start_anew([*words, *arguments])
+    assert finished.returncode == 0 and results(output_of(arguments))["processes"] == 2
 
 
 def test_on_gpus_each_kind_of_tensor_has_its_backend(monkeypatch):
     """Rank 0's answers are CPU tensors, the gradients lie on the GPU."""
     asked = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend=None, **_: asked.append(backend))
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setenv("RANK", "0")
     with distill.process_group(torch.device("cuda")):
         pass
     backends = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(asked[0] or "undefined"))
     assert backends.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+
+
+def test_a_rank_without_its_group_is_one_line(command, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "the processes cannot form a group, start them by torchrun: " in refused(command("run"), capsys)
 
 
 def test_too_few_gpus_are_told_before_any_process_connects(monkeypatch, capsys):
@@ -1091,73 +1214,42 @@ def test_too_few_gpus_are_told_before_any_process_connects(monkeypatch, capsys):
     assert "2 processes on this machine, but 1 GPUs: lower --nproc_per_node" in refused([], capsys)
 
 
-def test_little_work_for_each_gpu_is_noted(command, capsys, monkeypatch):
-    args = distill.parse_args(command("run", batch_size=130))
-    noted = []
-    with distill.process_group(torch.device("cpu")):
-        for world_size, device in ((2, "cuda"), (3, "cuda"), (3, "cpu")):
-            monkeypatch.setattr(torch.distributed, "get_world_size", lambda size=world_size: size)
-            distill.check_before_start(args, torch.device(device))
-            noted.append("note: with 43 examples per step, each GPU" in capsys.readouterr().out)
-        monkeypatch.undo()
-    assert noted == [False, True, False]
-
-
 WAIT_FOR_RANK_0 = """
-import datetime, sys, time
-import torch
+import datetime
 import torch.distributed as dist
-import distill
-
 init = dist.init_process_group
-dist.init_process_group = lambda backend: init(backend, timeout=datetime.timedelta(seconds=3))
+dist.init_process_group = lambda backend: init(backend, timeout=datetime.timedelta(seconds=2))
 with distill.process_group(torch.device("cpu")):
-    assert distill.from_rank0(lambda: time.sleep(6) or "downloaded", timeout=distill.DOWNLOADS) == "downloaded"
-    print("waited")
-    distill.from_rank0(lambda: time.sleep(6))
+    assert distill.from_rank0(lambda: time.sleep(4) or "downloaded", timeout=distill.DOWNLOADS) == "downloaded"
+    print("waited", flush=True)
+    distill.from_rank0(lambda: time.sleep(4))
 """
 
 
-def test_only_downloads_are_waited_for_longer_than_torch_does(tmp_path):
-    script = tmp_path / "wait.py"
-    script.write_text(WAIT_FOR_RANK_0)
-    finished = start([], torchrun=2, script=str(script), PYTHONPATH=ROOT)
-    assert finished.returncode != 0 and finished.stdout.count("waited") == 2, finished.stderr
-    assert "imed out" in finished.stderr  # Gloo: "Timed out waiting 3000ms for recv operation to complete"
+def test_only_downloads_are_waited_for_longer_than_torch_does():
+    finished = start([], WAIT_FOR_RANK_0, ranks=2)
+    assert finished.codes == [1, 1] and finished.out.count("waited") == 2, finished.err
+    assert "imed out" in finished.err  # Gloo: "Timed out waiting 2000ms for recv operation to complete"
 
 
-def test_ranks_must_all_have_work(command, capsys, tmp_path):
-    finished = start(command("run", batch_size=1), torchrun=2)
-    assert finished.returncode != 0
-    errors = [line for line in finished.stderr.splitlines() if "error: batches of 1 examples" in line]
-    assert len(errors) == 1, finished.stderr
-
-
-def test_two_ranks_continue_where_they_were_killed(command, save_tiny, tmp_path):
+def test_two_ranks_continue_where_one_was_killed(command, save_tiny):
     flags = {"teacher_id": save_tiny("dropout", hidden_dropout_prob=0.1), "student_id": "teacher", "save_steps": 2}
-    undisturbed, arguments = command("undisturbed", **flags), command("killed", **flags)
-    assert start(undisturbed, torchrun=2).returncode == 0
-    script = tmp_path / "die.py"
-    script.write_text(DIE.replace("MOMENT", 'if os.environ["RANK"] == "1":\n    at_call("training_step", distill, 11)'))
-    assert start(arguments, torchrun=2, script=str(script), PYTHONPATH=ROOT).returncode != 0
-    again = start(arguments, torchrun=2)
-    assert again.returncode == 0 and "checkpoint.pt: step 10" in again.stdout
-    assert same_weights(output_of(undisturbed), output_of(arguments))
+    undisturbed = command("undisturbed", **flags)
+    assert start(undisturbed, ranks=2).codes == [0, 0]
+    for moment, step in (('at_call("training_step", distill, 11)', 10), ('at_call("evaluate", distill, 2)', 12)):
+        arguments = command(f"killed{step}", **flags)
+        killed = start(arguments, f'{DIE}if os.environ["RANK"] == "1":\n    {moment}', ranks=2)
+        assert killed.codes == [1, -signal.SIGKILL], killed.err
+        again = start(arguments, ranks=2)
+        assert again.codes == [0, 0] and f"continuing the student: step {step}\n" in again.out
+        assert same_weights(output_of(undisturbed), output_of(arguments))
 
 
 # --- text without labels ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def more_text(tmp_path, reviews):
-    """A text file of 60 sentences that are in no split."""
-    path = tmp_path / "more.txt"
-    path.write_text("".join(f"{text}\n" for text, _ in reviews[200:260]), encoding="utf-8")
-    return str(path)
-
-
 def test_unlabeled_text_teaches_through_the_teacher_alone(command, write_csv, reviews, more_text, capsys):
-    """With alpha 0 it must be as good as labelled text; then with labels of which none may be looked at."""
+    """With alpha 0 it must be as good as labeled text; then with labels of which none may be looked at."""
     unlabeled = run(command("unlabeled", unlabeled_id=more_text, alpha=0.0))
     assert "unlabeled: 60 examples; left out: 0 also in eval or test, 0 empty" in capsys.readouterr().out
     assert results(unlabeled)["examples"] == {"train": 101, "eval": 53, "test": 29, "unlabeled": 60}
@@ -1166,135 +1258,107 @@ def test_unlabeled_text_teaches_through_the_teacher_alone(command, write_csv, re
     assert same_weights(*half)
     names = ("negative", "positive")
     write_csv("reviews/train.csv", [(text, names[label]) for text, label in reviews[:101] + reviews[200:260]])
-    assert same_weights(unlabeled, run(command("labelled", alpha=0.0)))
-    assert not nearly_same_weights(half[0], run(command("labelled_half")))
+    assert same_weights(unlabeled, run(command("labeled", alpha=0.0)))
+    assert not nearly_same_weights(half[0], run(command("labeled_half")))
 
 
-def test_unlabeled_text_is_mixed_with_labelled_in_every_epoch(command, more_text, monkeypatch):
+def test_unlabeled_text_is_mixed_with_labeled_in_every_epoch(command, more_text, monkeypatch):
     step, counts = distill.training_step, []
 
     def watched_step(*args):
         labels, example_count = args[4], args[6]
-        counts.append({"labelled": int((labels != distill.NO_LABEL).sum()), "examples": example_count})
+        counts.append({"labeled": int((labels != distill.NO_LABEL).sum()), "examples": example_count})
         return step(*args)
 
     monkeypatch.setattr(distill, "training_step", watched_step)
     run(command("run", unlabeled_id=more_text))
     epochs = [counts[i : i + 11] for i in (0, 11, 22)]  # 161 examples in batches of 15 or less
     for epoch in epochs:
-        labelled = [batch["labelled"] for batch in epoch]
-        assert sum(labelled) == 101 and sum(batch["examples"] for batch in epoch) == 161
-        assert min(labelled) > 0 and sum(batch["labelled"] < batch["examples"] for batch in epoch) >= 10
+        labeled = [batch["labeled"] for batch in epoch]
+        assert sum(labeled) == 101 and sum(batch["examples"] for batch in epoch) == 161
+        assert min(labeled) > 0 and sum(batch["labeled"] < batch["examples"] for batch in epoch) >= 10
     assert len(counts) == 33 and epochs[0] != epochs[1]
-
-
-def test_a_teacher_learns_from_labelled_text_alone(command, more_text, capsys):
-    flags = {"teacher_epochs": 2, "epochs": 1}
-    plain, mixed = run(command("plain", **flags)), run(command("mixed", unlabeled_id=more_text, **flags))
-    assert same_weights(f"{plain}/teacher", f"{mixed}/teacher")
-    capsys.readouterr()
-    run(command("plain", unlabeled_id=more_text, **flags))
-    assert "teacher: fine-tuned already" in capsys.readouterr().out
-
-
-def test_unlabeled_text_needs_a_teacher(command, more_text, capsys):
-    assert "need --unlabeled_id" in refused(command("run", unlabeled_split="test"), capsys)
-    assert "leaves the teacher out" in refused(command("run", unlabeled_id=more_text, alpha=1.0), capsys)
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
 
 
 def trials_of(folder):
-    """The trials in results.json, without their seconds, and the best one's number."""
-    found = results(folder)["search"]
-    return [{k: v for k, v in trial.items() if k != "seconds"} for trial in found["trials"]], found["ranking"][0]
+    return results(folder)["search"]
 
 
-HYPERPARAMETERS = ("epochs", "learning_rate", "alpha", "temperature")
+def best_of(trials):
+    complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
+    return max(complete, key=lambda trial: trial["value"])
 
 
-def alone(command, output, trial):
-    """Run what a trial ran, as a command of its own."""
-    return run(command(output, **{name: trial[name] for name in HYPERPARAMETERS}))
+def its_flags(trial):
+    return {name: int(value) if name == "epochs" else value for name, value in params_of(trial).items()}
 
 
-def test_a_search_finds_what_its_best_trial_found(command, monkeypatch, capsys):
-    predictions, predict = [], distill.predict
-    monkeypatch.setattr(distill, "predict", lambda *args: predictions.append((args[3], len(args[1]))) or predict(*args))
-    losses, train = {}, distill.train
+def params_of(trial):
+    return {name: trial[f"params_{name}"] for name in distill.SEARCHED}
 
-    def recording_train(args, stage, *rest, **others):
-        progress = train(args, stage, *rest, **others)
-        losses[stage] = progress.best["scores"]["loss"]
+
+def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch, capsys):
+    found, train = {}, distill.train
+
+    def recording_train(args, name, *rest, **others):
+        progress = train(args, name, *rest, **others)
+        found[name] = progress.best
         return progress
 
     monkeypatch.setattr(distill, "train", recording_train)
     folder = run(command("search", n_trials=7, alpha=1.0))  # the flag is not what the search goes by
-    out = capsys.readouterr().out
-    assert [name for name, _ in predictions if "teacher" in name] == [
-        "teacher labels train", "teacher labels eval", "teacher labels test",
-    ]  # fmt: skip
-    assert predictions.count(("evaluating", 29)) == 1  # test is scored once, for the best trial alone
-
-    trials, best = trials_of(folder)
-    assert len(trials) == 7
-    complete = [trial for trial in trials if trial["state"] == "complete"]
-    assert trials[best]["eval_accuracy"] == max(trial["eval_accuracy"] for trial in complete)
-    assert all(len(trial["eval_accuracy_by_epoch"]) == trial["epochs"] for trial in complete)
-    assert all(len(trial["eval_accuracy_by_epoch"]) < trial["epochs"] for trial in trials if trial not in complete)
+    assert labeled == [101, 53, 29]
+    saved, trials = results(folder), trials_of(folder)
+    assert [trial["number"] for trial in trials] == list(range(7))
     for trial in trials:
-        assert 2 <= trial["epochs"] <= 10 and 1e-5 <= trial["learning_rate"] <= 1e-3
-        assert 0 <= trial["alpha"] <= 1 and 2 <= trial["temperature"] <= 30
-    assert len({trial["learning_rate"] for trial in trials}) == 7
-    assert os.listdir(f"{folder}/trials") == [str(best)]
+        assert trial["state"] in ("COMPLETE", "PRUNED")
+        assert 2 <= trial["params_epochs"] <= 10 and 1e-5 <= trial["params_learning_rate"] <= 1e-3
+        assert 0 <= trial["params_alpha"] <= 1 and 2 <= trial["params_temperature"] <= 30
+    assert len({trial["params_learning_rate"] for trial in trials}) == 7
+    assert not {"trials", ".saving"} & set(os.listdir(folder))
 
-    table = out[out.index("        trial ") :].splitlines()
-    assert len(table[1].split()) == 6 and table[1].split()[0] == str(best)
-    importances = results(folder)["search"]["importances"]
-    assert importances.keys() == set(HYPERPARAMETERS) and sum(importances.values()) == pytest.approx(1)
-
-    saved = results(folder)
-    assert {name: saved["arguments"][name] for name in HYPERPARAMETERS} == {
-        name: trials[best][name] for name in HYPERPARAMETERS
-    }
-    by_itself = alone(command, "alone", trials[best])
+    best = best_of(trials)
+    kept = [trial for trial in trials if trial["value"] == best["value"] and trial["state"] == "COMPLETE"]
+    best = min(kept, key=lambda trial: found[f"trial {trial['number']}"]["scores"]["loss"])
+    assert {name: saved["arguments"][name] for name in distill.SEARCHED} == params_of(best)
+    trained = found[f"trial {best['number']}"]["weights"]  # it had others before it, and left nothing behind
+    assert all(torch.equal(trained[name], tensor) for name, tensor in found["student"]["weights"].items())
+    assert saved["student"]["eval_accuracy"] == best["value"]
+    by_itself = run(command("alone", **its_flags(best)))  # what the trial ran, as a command of its own
     assert same_weights(folder, by_itself) and metrics(folder) == metrics(by_itself)
-    assert saved["student"].keys() == results(by_itself)["student"].keys()
     assert saved["student"]["test_accuracy"] == results(by_itself)["student"]["test_accuracy"]
-    last = max(i for i, trial in enumerate(trials) if trial["state"] == "complete")  # it had others before it
-    rows = metrics(alone(command, "last", trials[last]))
-    assert [row["eval_accuracy"] for row in rows if "eval_accuracy" in row] == trials[last]["eval_accuracy_by_epoch"]
-    assert losses["student"] == pytest.approx(losses[f"trial {last}"], rel=1e-6)
 
-    # The same command finds its work done; with more trials it goes on; another command is refused.
-    arguments = command("search", n_trials=8)
+    # The same command finds its work done, and with more trials it goes on. Another command has a study of its own.
     capsys.readouterr()
-    run(arguments)
-    longer, _ = trials_of(folder)
-    assert "continuing the search" in capsys.readouterr().out
-    assert longer[:7] == trials and len(longer) == 8 and longer[7]["learning_rate"] not in {
-        trial["learning_rate"] for trial in trials
-    }  # fmt: skip
-    assert "seed was 33, is 34" in refused(command("search", n_trials=8, seed=34), capsys)
+    run(command("search", n_trials=1, seed=34))
+    assert "search: 0 of 1 trials are done" in capsys.readouterr().out
+    longer = trials_of(run(command("search", n_trials=8)))  # without the alpha, which is searched anyway
+    assert "search: 7 of 8 trials are done" in capsys.readouterr().out
+    assert longer[:7] == trials and len(longer) == 8
+    assert longer[7]["params_learning_rate"] not in {trial["params_learning_rate"] for trial in trials}
+    monkeypatch.setattr(distill, "suggest", None)
+    assert trials_of(run(command("search", n_trials=8))) == longer
+    assert "search: 8 of 8 trials are done" in capsys.readouterr().out
 
 
 def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
     """Each trial is worse than the one before it: the sixth has five others to be compared with."""
-    run_trial, numbers = distill.run_trial, []
-    monkeypatch.setattr(
-        distill, "run_trial", lambda args, trial, *rest: numbers.append(trial.number) or run_trial(args, trial, *rest)
-    )
+    suggest, numbers = distill.suggest, []
+    monkeypatch.setattr(distill, "suggest", lambda trial: numbers.append(trial.number) or suggest(trial))
     monkeypatch.setattr(distill, "training_step", lambda *args: torch.zeros(3))
     monkeypatch.setattr(
         distill,
         "evaluate",
         lambda *args: {"accuracy": 0.9 - 0.1 * numbers[-1], "macro_f1": 0.5, "loss": 1.0, "agreement": 0.5},
     )
-    trials, best = trials_of(run(command("run", n_trials=6)))
-    assert [trial["state"] for trial in trials] == ["complete"] * 5 + ["pruned"] and best == 0
-    assert [len(trial["eval_accuracy_by_epoch"]) for trial in trials] == [*(t["epochs"] for t in trials[:5]), 1]
-    assert trials[5]["epochs"] > 1 and "trial 5: stopped, below the median" in capsys.readouterr().out
+    folder = run(command("run", n_trials=6))
+    trials = trials_of(folder)
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 5 + ["PRUNED"]
+    assert "trial 5: pruned" in capsys.readouterr().out
+    assert results(folder)["arguments"]["epochs"] == trials[0]["params_epochs"]
 
 
 def test_failed_trials_are_told_and_made_up_for(command, monkeypatch, capsys):
@@ -1308,12 +1372,13 @@ def test_failed_trials_are_told_and_made_up_for(command, monkeypatch, capsys):
 
     monkeypatch.setattr(distill, "train", failing_train)
     failing = {1}
-    trials, _ = trials_of(run(command("some", n_trials=2)))
-    assert [trial["state"] for trial in trials] == ["failed", "complete"]
+    folder = run(command("some", n_trials=2))
     said = capsys.readouterr()
-    assert "trial 0: failed: the loss is not finite" in said.out and said.err == ""
-    trials, _ = trials_of(run(command("some", n_trials=2)))
-    assert [trial["state"] for trial in trials] == ["failed", "complete", "complete"]
+    assert "trial 0: fail" in said.out and said.err == ""
+    assert [trial["state"] for trial in trials_of(folder)] == ["FAIL", "COMPLETE"]
+    run(command("some", n_trials=2))
+    assert [trial["state"] for trial in trials_of(folder)] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert "NaN" not in Path(folder, "results.json").read_text()  # which is not JSON
     failing = range(100)
     assert "no trial has run to its end" in refused(command("all", n_trials=2), capsys)
 
@@ -1324,100 +1389,73 @@ def test_a_search_on_a_full_disk(command, monkeypatch, capsys):
     with contextlib.ExitStack() as limit, monkeypatch.context() as patched:
         patched.setattr(distill, "suggest", lambda trial: limit.enter_context(file_size_limit(10)) or suggest(trial))
         line = refused(arguments, capsys)
-    assert f"cannot write {output_of(arguments)}/study.journal: File too large; " in line
-    trials, _ = trials_of(run(arguments))
-    assert [trial["state"] for trial in trials] == ["failed", "complete"]
+    assert f"cannot write {output_of(arguments)}/study.journal, fix" in line and line.endswith(": File too large\n")
+    assert trials_of(run(arguments))[-1]["state"] == "COMPLETE"
 
 
-def test_a_trial_that_ends_meanwhile_is_not_deleted(tmp_path):
-    """Another process may end a better trial between two looks at the study."""
-    optuna = distill.import_optuna()
-
-    def trial(number, accuracy):
-        trial = optuna.trial.create_trial(value=accuracy, user_attrs={"loss": 1.0})
-        trial.number = number
-        (tmp_path / "trials" / str(number)).mkdir(parents=True)
-        return trial
-
-    trials, looks = [trial(0, 0.6), trial(1, 0.5), trial(2, 0.7)], []
-
-    class Study:
-        @property
-        def trials(self):
-            looks.append(1)
-            return trials[: len(looks) + 1]
-
-    distill.keep_best(distill.parse_args(["--checkpoint_dir", str(tmp_path)]), Study())
-    assert sorted(os.listdir(tmp_path / "trials")) == ["0", "2"]
+def finished_trials(arguments):
+    """Those in the study that a killed command left."""
+    file = optuna.storages.journal.JournalFileBackend(f"{output_of(arguments)}/study.journal")
+    [study] = optuna.get_all_study_summaries(optuna.storages.JournalStorage(file))
+    trials = optuna.load_study(study_name=study.study_name, storage=optuna.storages.JournalStorage(file)).trials
+    return {trial.number: trial.params for trial in trials if trial.state.is_finished()}
 
 
-def test_a_killed_search_goes_on(command, capsys, monkeypatch):
+def test_a_killed_search_goes_on(command, capsys):
     arguments = command("search", n_trials=3)
-    # In the third trial: the first two have at most 20 epochs of 7 steps.
-    killed = start(arguments, DIE.replace("MOMENT", 'at_call("train", distill, 3)'))
-    assert killed.returncode == -signal.SIGKILL
-    journal = f"{output_of(arguments)}/study.journal"
-    os.symlink(journal, f"{journal}.lock")  # as if it had been killed while it wrote
-    with open(journal, "a") as file:
-        file.write('{"op_code": 6, "wor')
-    open_study, locked = distill.open_study, []
-    monkeypatch.setattr(
-        distill,
-        "open_study",
-        lambda path, **flags: locked.append(os.path.lexists(path + ".lock")) or open_study(path, **flags),
-    )
-    trials, best = trials_of(run(arguments))
-    assert not any(locked)  # else Optuna would wait for half a minute
-    assert [trial["state"] for trial in trials] == ["complete", "complete", "failed", "complete"]
-    assert os.listdir(f"{output_of(arguments)}/trials") == [str(best)]
-    assert same_weights(output_of(arguments), alone(command, "alone", trials[best]))
-    os.remove(f"{output_of(arguments)}/trials/{best}/config.json")
-    assert "the best trial's student is missing from" in refused(arguments, capsys)
-    with open(journal, "w") as file:
-        file.write("no journal\n")
-    assert "study.journal is damaged" in refused(arguments, capsys)
+    killed = start(arguments, DIE + 'at_call("train", distill, 3)')
+    assert killed.codes == [-signal.SIGKILL]
+    before = finished_trials(arguments)
+    assert len(before) == 2
+    with open(f"{output_of(arguments)}/study.journal", "a") as file:
+        file.write('{"op_code": 6, "wor')  # as if it had been killed while it wrote
+    # Then once more, while the best hyperparameters are trained again.
+    again = 'at_call("save_checkpoint", distill.RunFiles, 2, counts=lambda files, *_: files.identity is not None)'
+    killed = start(arguments, DIE + again)
+    assert killed.codes == [-signal.SIGKILL] and "search: 2 of 3 trials are done" in killed.out
+    trials = trials_of(run(arguments))
+    said = capsys.readouterr().out
+    assert "search: 3 of 3 trials are done" in said and "continuing the student: step 7\n" in said
+    assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE"]
+    for number, params in before.items():
+        assert params == params_of(trials[number])
+    assert len({trial["params_learning_rate"] for trial in trials}) == 4
+    assert same_weights(output_of(arguments), run(command("alone", **its_flags(best_of(trials)))))
 
 
-def test_each_rank_takes_trials(command, tmp_path):
+def test_each_rank_takes_trials(command):
     """Two ranks; one of them is killed in its second trial; the same command then ends the search."""
-    script = tmp_path / "record.py"
-    script.write_text("""
-import os, signal, sys
-import distill
-
+    record = """
 train, calls = distill.train, []
-
-def recording_train(args, *others, **flags):
+def recording_train(args, name, *others, **flags):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2 and "KILL" in os.environ:
         os.kill(os.getpid(), signal.SIGKILL)
-    progress = train(args, *others, **flags)
-    with open(f"{args.checkpoint_dir}/ranks", "a") as file:
-        file.write(os.environ["RANK"])
+    progress = train(args, name, *others, **flags)
+    print(f"rank {os.environ['RANK']}: {name} is trained", flush=True)
     return progress
-
 distill.train = recording_train
-distill.main()
-""")
+"""
     arguments = command("search", n_trials=6)
-    assert start(arguments, torchrun=2, script=str(script), PYTHONPATH=ROOT, KILL="1").returncode != 0
-    again = start(arguments, torchrun=2, script=str(script), PYTHONPATH=ROOT)
-    assert again.returncode == 0, again.stderr
+    killed = start(arguments, record, ranks=2, KILL="1")
+    assert killed.codes[1] == -signal.SIGKILL and killed.codes[0] != 0
+    before = finished_trials(arguments)
+    again = start(arguments, record, ranks=2)
+    assert again.codes == [0, 0], again.err
     folder = output_of(arguments)
-    trials, best = trials_of(folder)
-    states = [trial["state"] for trial in trials]
-    assert states.count("failed") in (1, 2) and len(states) - states.count("failed") == 6
-    with open(f"{folder}/ranks") as file:
-        assert set(file.read()) == {"0", "1"}
-    assert os.listdir(f"{folder}/trials") == [str(best)]
-    assert same_weights(folder, alone(command, "alone", trials[best]))
-    assert again.stdout.count("importance: ") == 1 and results(folder)["processes"] == 2
+    trials = trials_of(folder)
+    done = [trial for trial in trials if trial["state"] in ("COMPLETE", "PRUNED")]
+    assert len(done) == 6 and len({trial["params_learning_rate"] for trial in trials}) == len(trials)
+    for number, params in before.items():
+        assert params == params_of(trials[number])
+    for rank in "01":
+        assert re.search(rf"rank {rank}: trial \d+ is trained", killed.out + again.out)
+    assert len(re.findall(r"rank \d: student is trained", again.out)) == 2
+    alone = command("alone", **its_flags(best_of(trials)))
+    assert start(alone, ranks=2).codes == [0, 0]
+    assert same_weights(folder, output_of(alone)) and results(folder)["processes"] == 2
 
 
-def test_a_search_needs_optuna_the_cache_and_one_machine(command, monkeypatch, capsys):
-    assert "leave out --cache_teacher false" in refused(command("run", n_trials=2, cache_teacher="false"), capsys)
-    with monkeypatch.context() as patched:
-        patched.setenv("WORLD_SIZE", "4")  # of which none is said to run on this machine
-        assert "runs on one machine" in refused(command("run", n_trials=2), capsys)
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    assert "pip install optuna" in refused(command("run", n_trials=2), capsys)
+def test_a_search_runs_on_one_machine(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of which none is said to run on this machine
+    assert "runs on one machine" in refused(command("run", n_trials=2), capsys)
