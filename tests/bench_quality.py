@@ -4,13 +4,16 @@
     python tests/bench_quality.py --table demo         # candidates for the demo's own flags
     python tests/bench_quality.py --table tried        # true labels, layers, temperatures and learning rates
     python tests/bench_quality.py --table tried-all    # the layers again, on all the text
+    python tests/bench_quality.py --table classes      # another task, of 54 classes, on Debian or Ubuntu
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
 missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). A table
-goes into README.md, between its markers; --draw only redraws imgs/quality.svg, from README's table of students.
+goes into README.md, between its markers (that of 54 classes: into outputs/quality/classes.md); --draw only redraws
+imgs/quality.svg, from README's table of students.
 """
 
 import argparse
+import csv
 import datetime
 import math
 import os
@@ -39,6 +42,7 @@ import distill  # noqa: E402
 
 OUTPUT = os.path.join("outputs", "quality")  # below ROOT, where main() goes
 TEACHER = os.path.join(OUTPUT, "teacher")
+CLASSES_DATA = f"{OUTPUT}/classes-data"
 LABELLED, SENTENCES = 6824, 269_256  # examples in the demo's training split, and in its text without labels
 HELD_OUT = 20_000  # of those sentences, the last: no student sees them
 # Trained by two processes together, on two cores.
@@ -54,6 +58,13 @@ ALL = SENTENCES - HELD_OUT
 ALONE = {"epochs": 10, "alpha": 1.0}
 PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
 TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
+# The task of 54 classes. By eval: the teacher's learning rate and epoch, the students' rates (of 2e-4, 4e-4).
+CLASSES_TEACHER = os.path.join(OUTPUT, "classes-teacher")
+CLASSES = {"dataset_id": CLASSES_DATA, "train_split": "train[:6000]"}
+FINE_TUNING = {"epochs": 1, "alpha": 1.0, "student_layers": 1, **CLASSES, "teacher_epochs": 6}
+FINE_TUNING |= {"teacher_learning_rate": 4e-4, "save_steps": 100}
+CLASSES |= {"teacher_id": f"{CLASSES_TEACHER}/teacher", "epochs": 3, "learning_rate": 4e-4}
+SENTENCES_OF_CLASSES = {"unlabeled_id": f"{CLASSES_DATA}/sentences.txt", "unlabeled_split": "train[:18000]"}
 SOME_TEACHER = ("teacher alone (alpha 0, T 2) on 27,296 sentences", text(27_296, 2, **TEACHER_ALONE), 5)
 PATIENT_TEACHER = (f"teacher alone (alpha 0, T 2) on {ALL:,} sentences", text(ALL, 2, **TEACHER_ALONE, **PATIENT), 5)
 
@@ -109,6 +120,17 @@ TABLES = {
             2,
         ),
     },
+    "classes": {
+        "classes-alone": ("labels alone (alpha 1)", {**CLASSES, "alpha": 1.0}, 5),
+        "classes-both": ("labels and teacher (alpha 0.5, T 4)", CLASSES, 3),
+        "classes-teacher-alone": ("teacher alone (alpha 0, T 2)", {**CLASSES, **TEACHER_ALONE}, 3),
+        "classes-text": (
+            "teacher alone (alpha 0, T 2) on 18,000 sentences",
+            {**CLASSES, **TEACHER_ALONE, **SENTENCES_OF_CLASSES, "epochs": 1},
+            5,
+        ),
+        "classes-little": ("labels and teacher (alpha 0.1, T 2)", {**CLASSES, "alpha": 0.1, "temperature": 2.0}, 3),
+    },
 }
 
 
@@ -135,36 +157,48 @@ def main(argv=None):
     os.makedirs(OUTPUT, exist_ok=True)
     distill.quiet_libraries()
 
+    classes = args.table == "classes"
+    teacher = CLASSES_TEACHER if classes else TEACHER
     with distill.process_group(distill.choose_device()):
-        distilled = run(TEACHER, {"epochs": 1})
-        for layers in ([0, 1], [0, 3], [0, 5]):
+        if classes:
+            debian()
+        distilled = run(teacher, FINE_TUNING if classes else {"epochs": 1})
+        for layers in () if classes else ([0, 1], [0, 3], [0, 5]):
             save_layers(layers)
         for _, flags, _ in rows.values():
             label_once(flags)
-        teacher_answers = answers(f"{TEACHER}/teacher")
+        teacher_answers = answers(f"{teacher}/teacher", CLASSES_DATA if classes else "demo")
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the runs
         with ThreadPoolExecutor(args.processes) as pool:
             runs = run_all(rows, args.seeds, pool)
 
-    lines = [line(title, runs[name], runs[control], teacher_answers) for name, (title, _, _) in rows.items()]
+    lines = [line(title, runs[name], runs[control], teacher_answers, classes) for name, (title, _, _) in rows.items()]
     first = runs[control][0]
-    versions = first["results"]["versions"]
+    examples, versions = first["results"]["examples"], first["results"]["versions"]
+    held_out = "the test split" if classes else f"{HELD_OUT:,} sentences of the demo's text that no student has seen"
+    interval = "Student's t), which\n  covers the randomness of training only, not that of the choice of test sentences"
+    if classes:
+        interval = "a paired bootstrap\n  over test examples and seeds together)"
     report = bench.table(lines)
     report += f"""
 
 - Mean ± standard deviation over seeds. One teacher for all: {100 * distilled["teacher"]["test_accuracy"]:.2f}% right on
-  the {first["results"]["examples"]["test"]} test sentences.
-- Every row trains on the {LABELLED:,} labelled sentences; the sentences that it names, without labels, are added.
+  the {examples["test"]:,} test sentences.
+- Every row trains on the {examples["train"]:,} labelled examples; the sentences that it names, without
+  labels, are added.
 - % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
-- Agreement: the same answer as the teacher's, on {HELD_OUT:,} sentences of the demo's text that no student has seen.
-- Against the first row: the mean difference between runs of the same seed and its 95% interval (Student's t), which
-  covers the randomness of training only, not that of the choice of test sentences.
+- Agreement: the same answer as the teacher's, on {held_out}.
+- Against the first row: the mean difference between runs of the same seed and its 95% interval ({interval}.
 - {datetime.date.today()}, {first["results"]["device"]}, {args.processes} runs at a time, {threads} CPU thread(s) each,
   {first["results"]["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
   `{" ".join(["python tests/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])}`
 """
     print(report)
+    if classes:
+        with open(os.path.join(OUTPUT, "classes.md"), "w", encoding="utf-8") as file:
+            file.write(report)
+        return
     bench.put_into_card(report, "README.md", args.table)
     if args.table == "quality":
         draw()
@@ -172,7 +206,8 @@ def main(argv=None):
 
 def run(folder, flags):
     """Run distill.py, or continue it, unless the same command has run to its end before; returns its results.json."""
-    if folder != TEACHER:
+    fine_tunes = folder in (TEACHER, CLASSES_TEACHER)
+    if not fine_tunes:
         flags = {"teacher_epochs": 0, "teacher_id": f"{TEACHER}/teacher", "save_steps": 500, **flags}
     command = ["--demo"] + [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     note, results = os.path.join(folder, "command.json"), os.path.join(folder, "results.json")
@@ -182,7 +217,7 @@ def run(folder, flags):
         distill.write_json(note, command)
     if not os.path.exists(results):
         cache = os.path.join(folder, "teacher_logits.safetensors")
-        if folder != TEACHER and not os.path.exists(cache):
+        if not fine_tunes and not os.path.exists(cache):
             os.link(labels_file(flags), cache)
         with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
             subprocess.run(
@@ -194,8 +229,47 @@ def run(folder, flags):
     return distill.read_json(results)
 
 
+def debian():
+    """Write, unless they are there, Debian's package descriptions: short ones by section, the long ones' sentences."""
+    if os.path.exists(f"{CLASSES_DATA}/sentences.txt"):  # written last
+        return
+    packages = {}  # normalized short description -> the first package's (description, section)
+    for record in output("apt-cache", "dumpavail").split("\n\n"):
+        fields = dict(re.findall(r"^(Description|Section): (.*)", record, re.MULTILINE))
+        text, section = fields.get("Description", "").strip(), fields.get("Section", "").rpartition("/")[2]
+        if text and section not in ("", "oldlibs", "tasks", "debug", "metapackages"):
+            packages.setdefault(data.normalize(text), (text, section))
+    rows = list(packages.values())
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    held_out = len(rows) // 20
+    bounds = {"test": (0, held_out), "validation": (held_out, 2 * held_out), "train": (2 * held_out, None)}
+    os.makedirs(CLASSES_DATA, exist_ok=True)
+    for split, (start, end) in bounds.items():
+        with open(f"{CLASSES_DATA}/{split}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *rows[start:end]])
+    english = ("-o", "Acquire::Languages=en")
+    files = output("apt-get", "indextargets", *english, "--format", "$(FILENAME)", "Created-By: Translations").split()
+    if not files:
+        sys.exit("there are no long descriptions: apt-get -o Acquire::Languages=en update")
+    sentences = {}
+    for record in output("/usr/lib/apt/apt-helper", "cat-file", *files).split("\n\n"):
+        long = record.partition("Description-en:")[2].partition("\n")[2]
+        for paragraph in re.split(r"\n \.(?:\n|$)|\n(?=  |\s*[-*•+] )", long):  # list items are paragraphs
+            for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split()).lstrip("-*•+ ")):
+                if 3 <= len(sentence.split()) <= 15:  # about as long as the short descriptions, or twice
+                    sentences[data.normalize(sentence)] = sentence
+    sentences = list(sentences.values())
+    with distill.complete_file(f"{CLASSES_DATA}/sentences.txt") as temporary, open(temporary, "w") as file:
+        file.writelines(f"{sentences[i]}\n" for i in np.random.default_rng(0).permutation(len(sentences)))
+
+
+def output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def labels_file(flags):
-    return os.path.join(OUTPUT, f"labels{flags.get('unlabeled_split', '')}", "teacher_logits.safetensors")
+    prefix = "classes-" if "dataset_id" in flags else ""
+    return os.path.join(OUTPUT, f"{prefix}labels{flags.get('unlabeled_split', '')}", "teacher_logits.safetensors")
 
 
 def label_once(flags):
@@ -204,7 +278,8 @@ def label_once(flags):
         return
     folder = os.path.dirname(labels_file(flags))
     os.makedirs(folder, exist_ok=True)
-    words = [f"--{name}={flags[name]}" for name in ("unlabeled_id", "unlabeled_split") if name in flags]
+    names = ("teacher_id", "dataset_id", "train_split", "unlabeled_id", "unlabeled_split")
+    words = [f"--{name}={flags[name]}" for name in names if name in flags]
     command = ["--demo", "--teacher_epochs=0", f"--teacher_id={TEACHER}/teacher", f"--output_dir={folder}", *words]
     args = distill.parse_args(command)
     device = distill.choose_device()
@@ -253,25 +328,28 @@ def run_all(rows, seeds, pool):
 
 
 def train_size(flags):
-    return LABELLED + int(re.sub(r"\D", "", flags.get("unlabeled_split", "0")))
+    splits = (flags.get("train_split", str(LABELLED)), flags.get("unlabeled_split", "0"))
+    return sum(int(re.sub(r"\D", "", split)) for split in splits)
 
 
 def scored_run(folder, flags):
     """A run's results and its student's answers."""
-    return {"results": run(folder, flags), "answers": answers(folder)}
+    return {"results": run(folder, flags), "answers": answers(folder, flags.get("dataset_id", "demo"))}
 
 
 PREDICTING = threading.Lock()  # the threads share one process group
 
 
-def answers(folder):
-    """What the model in a folder answers: role -> [N] classes, on the test sentences and the held-out ones."""
+def answers(folder, dataset_id):
+    """What the model in a folder answers: role -> [N] classes, on the test sentences and the demo's held-out ones."""
     path = os.path.join(folder, "answers.safetensors")
     if not os.path.exists(path):
         with PREDICTING:
             model, tokenizer = distill.load_model(folder)
-            splits, _ = data.load_splits("demo", None, {"train": "train", "eval": "validation", "test": "test"})
-            texts = {"test": splits["test"].texts, "held_out": data.read_demo_unlabeled(f"train[-{HELD_OUT}:]")}
+            splits, _ = data.load_splits(dataset_id, None, {"train": "train", "eval": "validation", "test": "test"})
+            texts = {"test": splits["test"].texts}
+            if dataset_id == "demo":
+                texts["held_out"] = data.read_demo_unlabeled(f"train[-{HELD_OUT}:]")
             device = distill.choose_device()
             precision = distill.choose_precision("auto", device)
             found = {}
@@ -284,22 +362,29 @@ def answers(folder):
     return {role: tensor.numpy() for role, tensor in safetensors.torch.load_file(path).items()}
 
 
-def line(title, runs, control, teacher):
+def line(title, runs, control, teacher, paired):
     """A row of the table."""
     accuracy, f1, control_accuracy = [
         [100 * run["results"]["student"][name] for run in group]
         for group, name in ((runs, "test_accuracy"), (runs, "test_macro_f1"), (control, "test_accuracy"))
     ]
     arguments, examples = runs[0]["results"]["arguments"], runs[0]["results"]["examples"]
-    steps = arguments["epochs"] * math.ceil((LABELLED + examples["unlabeled"]) / arguments["batch_size"])
-    agreement = [100 * (run["answers"]["held_out"] == teacher["held_out"]).mean() for run in runs]
-    right = np.stack([run["answers"]["test"] == run["answers"]["test_labels"] for run in runs])
-    share, low, high = share_of_teacher(right, teacher["test"] == teacher["test_labels"])
+    steps = arguments["epochs"] * math.ceil((examples["train"] + examples["unlabeled"]) / arguments["batch_size"])
+    role = "held_out" if "held_out" in teacher else "test"
+    agreement = [100 * (run["answers"][role] == teacher[role]).mean() for run in runs]
+    labels = runs[0]["answers"]["test_labels"]
+    right, control_right = [np.stack([run["answers"]["test"] == labels for run in group]) for group in (runs, control)]
+    teacher_right = np.broadcast_to(teacher["test"] == labels, right.shape)
+    share, low, high = bootstrap(lambda ours, theirs: 100 * ours / theirs, right, teacher_right)
     verdict = "at least 99%" if low >= 99 else "99% within the error" if high >= 99 else "below 99%"
     pairs = min(len(runs), len(control))
-    differences = [ours - theirs for ours, theirs in zip(accuracy[:pairs], control_accuracy[:pairs], strict=True)]
-    mean = statistics.mean(differences)
-    half = scipy.stats.t.ppf(0.975, pairs - 1) * statistics.stdev(differences) / math.sqrt(pairs)
+    if paired:
+        difference = bootstrap(lambda ours, theirs: 100 * (ours - theirs), right[:pairs], control_right[:pairs])
+    else:
+        differences = [ours - theirs for ours, theirs in zip(accuracy[:pairs], control_accuracy[:pairs], strict=True)]
+        mean = statistics.mean(differences)
+        half = scipy.stats.t.ppf(0.975, pairs - 1) * statistics.stdev(differences) / math.sqrt(pairs)
+        difference = mean, mean - half, mean + half
     return {
         "student": title,
         "steps": f"{steps:,} of {arguments['batch_size']}",
@@ -308,25 +393,23 @@ def line(title, runs, control, teacher):
         "macro-F1 %": mean_and_sd(f1),
         "% of the teacher's": f"{share:.1f} ({low:.1f}–{high:.1f}): {verdict}",
         "agreement %": mean_and_sd(agreement),
-        "against the first row": "–" if runs is control else f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})",
+        "against the first row": "–" if runs is control else "{:+.2f} ({:+.2f} to {:+.2f})".format(*difference),
     }
 
 
-def share_of_teacher(right, teacher_right):
-    """The students' accuracy in percent of the teacher's, with the 95% interval of a bootstrap.
+def bootstrap(compare, ours, theirs):
+    """compare(our accuracy, their accuracy), with its 95% interval: test sentences and seeds are drawn again.
 
-    Args:
-        right: [seeds, sentences] bool, which sentences each seed's student answers right.
-        teacher_right: [sentences] bool.
+    ours and theirs are [seeds, sentences] bool, which sentences each seed's model answers right.
     """
     generator = np.random.default_rng(0)
-    seeds, sentences = right.shape
-    shares = []
+    seeds, sentences = ours.shape
+    values = []
     for _ in range(10_000):
-        drawn = generator.integers(sentences, size=sentences)
-        students = right[generator.integers(seeds, size=seeds)]
-        shares.append(100 * students[:, drawn].mean() / teacher_right[drawn].mean())
-    return 100 * right.mean() / teacher_right.mean(), *np.percentile(shares, (2.5, 97.5))
+        columns = generator.integers(sentences, size=sentences)
+        rows = generator.integers(seeds, size=seeds)
+        values.append(compare(ours[rows][:, columns].mean(), theirs[rows][:, columns].mean()))
+    return compare(ours.mean(), theirs.mean()), *np.percentile(values, (2.5, 97.5))
 
 
 def mean_and_sd(values):
