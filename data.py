@@ -45,7 +45,8 @@ def told_as(message, only=Exception):
     try:
         yield
     except Exception as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides the reason there
+        hidden = isinstance(error.__context__, OSError) and not isinstance(error, OSError)  # as torch does
+        cause = error.__context__ if hidden else error
         if not isinstance(cause, only) and "os error" not in str(error):  # so it is called by Rust, in safetensors
             raise
         raise UserError(f"{message}: {getattr(cause, 'strerror', None) or one_line(cause)}") from error

@@ -478,8 +478,7 @@ class Task:
 def read_task(args):
     """Read data and models and check that they fit each other. Returns a Task; raises UserError."""
     split_names = {"train": args.train_split, "eval": args.eval_split}
-    if args.test_split:
-        split_names["test"] = args.test_split
+    split_names |= {"test": args.test_split} if args.test_split else {}
     columns = (args.text_columns, args.label_column)
     splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, split_names, *columns, args.seed)
     sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
@@ -562,7 +561,7 @@ def fine_tune_teacher(args, task):
         from_rank0(lambda: key.unlink(missing_ok=True))  # until it is written again, there is no finished teacher
         train(its_args, "teacher", task.teacher, task.teacher_tokenizer, splits, identity=identity)
         from_rank0(lambda: write(json.dumps(identity), key))
-        from_rank0(lambda: (folder / "checkpoint.pt").unlink())
+    from_rank0(lambda: (folder / "checkpoint.pt").unlink(missing_ok=True))
     if args.student_id == "teacher":  # read_task() made it before the fine-tuning
         student = data.keep_layers(task.teacher, task.student.config.num_hidden_layers)
         task.student.load_state_dict(student.state_dict())
@@ -641,10 +640,11 @@ def search(args, task, identity):
     study = open_study()  # by now finished: every process reads the same
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     check((complete, "no trial has run to its end: see above, and repeat the command to run new ones"))
-    best = max(complete, key=lambda trial: (trial.value, -trial.user_attrs["loss"]))
-    trials = study.trials_dataframe(("number", "value", "params", "state"))
-    say(f"\n{trials.sort_values('value', ascending=False).head().to_string(index=False)}\n")
-    return replace(args, **best.params), trials.to_dict("records")
+    complete.sort(key=lambda trial: (-trial.value, trial.user_attrs["loss"]))
+    shown = [{"trial": trial.number, args.best_by: trial.value, **trial.params} for trial in complete[:5]]
+    say(f"\n{table([{name: f'{value:.4g}' for name, value in row.items()} for row in shown])}\n")
+    rows = [{"number": t.number, "state": t.state.name, "value": t.value, **t.params} for t in study.trials]
+    return replace(args, **complete[0].params), rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,7 +660,6 @@ def finish(args, task, scores, seconds, parameters, device, trials):
         for role in scores[who]:
             results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
     examples = {role: len(split.labels) for role, split in task.student_splits.items()}
-    modules = (torch, transformers, datasets, huggingface_hub)
     results |= {
         "seconds": seconds,
         "classes": task.class_names,
@@ -668,7 +667,9 @@ def finish(args, task, scores, seconds, parameters, device, trials):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
-        "versions": {module.__name__: module.__version__ for module in modules},
+        "versions": {
+            module.__name__: module.__version__ for module in (torch, transformers, datasets, huggingface_hub)
+        },
         "arguments": asdict(args),
         "search": trials,
     }
@@ -970,7 +971,7 @@ def from_rank0(make, timeout=None):
     torch's half an hour. Another timeout needs a process group of its own: all else still notices a lost machine soon.
     """
     group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
-    answer = [None]  # the list is what broadcast_object_list fills
+    answer = [None]  # a list, for broadcast_object_list to fill
     if dist.get_rank() == 0:
         try:
             answer = [make()]
@@ -1069,7 +1070,7 @@ def quiet_libraries():
 # Parsing the flags, checks before the start, main
 
 
-RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+RULES = {"at_least": operator.ge, "above": lambda value, bound: bound < value < math.inf, "at_most": operator.le}
 
 
 def parse_args(argv=None, config=Config, demo=DEMO):
@@ -1135,7 +1136,8 @@ def check_before_start(args, device):
                 token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
             os.environ["HF_TOKEN"] = token  # of this process, which pushes, and no other
         with told_as(f"cannot create {args.hub_model_id} on the Hub, with HF_TOKEN or the login of 'hf auth login'"):
-            huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private, exist_ok=True)
+            huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
+            huggingface_hub.auth_check(args.hub_model_id, write=True)  # create_repo is content with any that exists
 
 
 def main(argv=None):

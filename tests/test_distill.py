@@ -1297,7 +1297,7 @@ def its_flags(trial):
 
 
 def params_of(trial):
-    return {name: trial[f"params_{name}"] for name in distill.SEARCHED}
+    return {name: trial[name] for name in distill.SEARCHED}
 
 
 def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch, capsys):
@@ -1315,9 +1315,9 @@ def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch,
     assert [trial["number"] for trial in trials] == list(range(7))
     for trial in trials:
         assert trial["state"] in ("COMPLETE", "PRUNED")
-        assert 2 <= trial["params_epochs"] <= 10 and 1e-5 <= trial["params_learning_rate"] <= 1e-3
-        assert 0 <= trial["params_alpha"] <= 1 and 2 <= trial["params_temperature"] <= 30
-    assert len({trial["params_learning_rate"] for trial in trials}) == 7
+        assert 2 <= trial["epochs"] <= 10 and 1e-5 <= trial["learning_rate"] <= 1e-3
+        assert 0 <= trial["alpha"] <= 1 and 2 <= trial["temperature"] <= 30
+    assert len({trial["learning_rate"] for trial in trials}) == 7
     assert not {"trials", ".saving"} & set(os.listdir(folder))
 
     best = best_of(trials)
@@ -1338,7 +1338,7 @@ def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch,
     longer = trials_of(run(command("search", n_trials=8)))  # without the alpha, which is searched anyway
     assert "search: 7 of 8 trials are done" in capsys.readouterr().out
     assert longer[:7] == trials and len(longer) == 8
-    assert longer[7]["params_learning_rate"] not in {trial["params_learning_rate"] for trial in trials}
+    assert longer[7]["learning_rate"] not in {trial["learning_rate"] for trial in trials}
     monkeypatch.setattr(distill, "suggest", None)
     assert trials_of(run(command("search", n_trials=8))) == longer
     assert "search: 8 of 8 trials are done" in capsys.readouterr().out
@@ -1358,7 +1358,7 @@ def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
     trials = trials_of(folder)
     assert [trial["state"] for trial in trials] == ["COMPLETE"] * 5 + ["PRUNED"]
     assert "trial 5: pruned" in capsys.readouterr().out
-    assert results(folder)["arguments"]["epochs"] == trials[0]["params_epochs"]
+    assert results(folder)["arguments"]["epochs"] == trials[0]["epochs"]
 
 
 def test_failed_trials_are_told_and_made_up_for(command, monkeypatch, capsys):
@@ -1419,7 +1419,7 @@ def test_a_killed_search_goes_on(command, capsys):
     assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE"]
     for number, params in before.items():
         assert params == params_of(trials[number])
-    assert len({trial["params_learning_rate"] for trial in trials}) == 4
+    assert len({trial["learning_rate"] for trial in trials}) == 4
     assert same_weights(output_of(arguments), run(command("alone", **its_flags(best_of(trials)))))
 
 
@@ -1445,7 +1445,7 @@ distill.train = recording_train
     folder = output_of(arguments)
     trials = trials_of(folder)
     done = [trial for trial in trials if trial["state"] in ("COMPLETE", "PRUNED")]
-    assert len(done) == 6 and len({trial["params_learning_rate"] for trial in trials}) == len(trials)
+    assert len(done) == 6 and len({trial["learning_rate"] for trial in trials}) == len(trials)
     for number, params in before.items():
         assert params == params_of(trials[number])
     for rank in "01":
