@@ -1,6 +1,6 @@
 """What the teacher, text without labels and patience bring, on the demo's data: one teacher, several seeds.
 
-    python tests/bench_quality.py                      # README's table of students and its picture
+    python tests/bench_quality.py                      # the table of students, and README's picture
     python tests/bench_quality.py --table demo         # candidates for the demo's own flags
     python tests/bench_quality.py --table tried        # true labels, layers, temperatures and learning rates
     python tests/bench_quality.py --table tried-all    # the layers again, on all the text
@@ -8,13 +8,13 @@
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
 missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). A table
-goes into README.md, between its markers (that of 54 classes: into outputs/quality/classes.md); --draw only redraws
-imgs/quality.svg, from README's table of students.
+is a section of tests/quality.md; --draw only redraws imgs/quality.svg, from the first of them.
 """
 
 import argparse
 import csv
 import datetime
+import json
 import math
 import os
 import re
@@ -24,6 +24,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -36,14 +38,13 @@ sys.path.insert(0, ROOT)
 
 import bench_speed  # noqa: E402
 
-import bench  # noqa: E402
 import data  # noqa: E402
 import distill  # noqa: E402
 
 OUTPUT = os.path.join("outputs", "quality")  # below ROOT, where main() goes
 TEACHER = os.path.join(OUTPUT, "teacher")
 CLASSES_DATA = f"{OUTPUT}/classes-data"
-LABELLED, SENTENCES = 6824, 269_256  # examples in the demo's training split, and in its text without labels
+LABELED, SENTENCES = 6824, 269_256  # examples in the demo's training split, and in its text without labels
 HELD_OUT = 20_000  # of those sentences, the last: no student sees them
 # Trained by two processes together, on two cores.
 EXAMPLES_PER_HOUR = 1_300_000 if distill.multiplies_bf16(torch.device("cpu")) else 650_000
@@ -88,7 +89,7 @@ TABLES = {
         ),
         "patient": PATIENT_TEACHER,
     },
-    # All take about as long as the demo does, with the labelling of their text.
+    # All take about as long as the demo does, with the labeling of their text.
     "demo": {
         "demo": ("labels and teacher (alpha 0.5, T 4), 5 epochs", {"epochs": 5}, 5),
         "demo-teacher": ("teacher alone (alpha 0, T 2), 5 epochs", {"epochs": 5, **TEACHER_ALONE}, 5),
@@ -140,7 +141,7 @@ def main(argv=None):
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="beside the first one (default: all of the table)")
     parser.add_argument("--seeds", type=int, help="runs a row, at most (default: 2 to 5, by the row)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--draw", action="store_true", help="only draw the picture, from README's table")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture")
     args = parser.parse_args(argv)
     if args.draw:
         return draw()
@@ -180,12 +181,11 @@ def main(argv=None):
     interval = "Student's t), which\n  covers the randomness of training only, not that of the choice of test sentences"
     if classes:
         interval = "a paired bootstrap\n  over test examples and seeds together)"
-    report = bench.table(lines)
-    report += f"""
+    report = f"""{distill.table(lines)}
 
 - Mean ± standard deviation over seeds. One teacher for all: {100 * distilled["teacher"]["test_accuracy"]:.2f}% right on
   the {examples["test"]:,} test sentences.
-- Every row trains on the {examples["train"]:,} labelled examples; the sentences that it names, without
+- Every row trains on the {examples["train"]:,} labeled examples; the sentences that it names, without
   labels, are added.
 - % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
 - Agreement: the same answer as the teacher's, on {held_out}.
@@ -195,11 +195,7 @@ def main(argv=None):
   `{" ".join(["python tests/bench_quality.py", *(sys.argv[1:] if argv is None else argv)])}`
 """
     print(report)
-    if classes:
-        with open(os.path.join(OUTPUT, "classes.md"), "w", encoding="utf-8") as file:
-            file.write(report)
-        return
-    bench.put_into_card(report, "README.md", args.table)
+    put_section(SECTIONS[args.table], report)
     if args.table == "quality":
         draw()
 
@@ -211,14 +207,14 @@ def run(folder, flags):
         flags = {"teacher_epochs": 0, "teacher_id": f"{TEACHER}/teacher", "save_steps": 500, **flags}
     command = ["--demo"] + [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     note, results = os.path.join(folder, "command.json"), os.path.join(folder, "results.json")
-    if distill.read_json(note) != command:
+    if distill.read(Path(note)) != command:
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
-        distill.write_json(note, command)
+        distill.write(json.dumps(command), Path(note))
     if not os.path.exists(results):
-        cache = os.path.join(folder, "teacher_logits.safetensors")
-        if not fine_tunes and not os.path.exists(cache):
-            os.link(labels_file(flags), cache)
+        labels = os.path.join(folder, "teacher_logits")
+        if not fine_tunes and not os.path.exists(labels):
+            shutil.copytree(f"{labels_folder(flags)}/teacher_logits", labels, copy_function=os.link)
         with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
             subprocess.run(
                 [sys.executable, "distill.py", *command, "--output_dir", folder],
@@ -226,7 +222,7 @@ def run(folder, flags):
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-    return distill.read_json(results)
+    return distill.read(Path(results))
 
 
 def debian():
@@ -259,35 +255,29 @@ def debian():
                 if 3 <= len(sentence.split()) <= 15:  # about as long as the short descriptions, or twice
                     sentences[data.normalize(sentence)] = sentence
     sentences = list(sentences.values())
-    with distill.complete_file(f"{CLASSES_DATA}/sentences.txt") as temporary, open(temporary, "w") as file:
-        file.writelines(f"{sentences[i]}\n" for i in np.random.default_rng(0).permutation(len(sentences)))
+    order = np.random.default_rng(0).permutation(len(sentences))
+    distill.write("".join(f"{sentences[i]}\n" for i in order), Path(CLASSES_DATA, "sentences.txt"))
 
 
 def output(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def labels_file(flags):
+def labels_folder(flags):
     prefix = "classes-" if "dataset_id" in flags else ""
-    return os.path.join(OUTPUT, f"{prefix}labels{flags.get('unlabeled_split', '')}", "teacher_logits.safetensors")
+    return os.path.join(OUTPUT, f"{prefix}labels{flags.get('unlabeled_split', '')}")
 
 
 def label_once(flags):
     """Let the teacher label the text of these flags, for all runs on it."""
-    if os.path.exists(labels_file(flags)):
-        return
-    folder = os.path.dirname(labels_file(flags))
-    os.makedirs(folder, exist_ok=True)
     names = ("teacher_id", "dataset_id", "train_split", "unlabeled_id", "unlabeled_split")
     words = [f"--{name}={flags[name]}" for name in names if name in flags]
-    command = ["--demo", "--teacher_epochs=0", f"--teacher_id={TEACHER}/teacher", f"--output_dir={folder}", *words]
-    args = distill.parse_args(command)
+    command = ["--demo", "--teacher_epochs=0", f"--teacher_id={TEACHER}/teacher", *words]
+    args = distill.parse_args([*command, f"--output_dir={labels_folder(flags)}"])
     device = distill.choose_device()
-    args.precision = distill.choose_precision(args.precision, device)
-    print(f"labelling for {folder}", flush=True)
-    task = distill.read_task(args)
-    tokens = {role: split.to(device) for role, split in task.teacher_tokens.items()}
-    distill.label_with_teacher(args, task.teacher.to(device), distill.model_digest(task.teacher), tokens)
+    args = replace(args, precision=distill.choose_precision(args.precision, device))
+    print(f"labels in {args.output_dir}", flush=True)
+    distill.label_with_teacher(args, distill.read_task(args).to(device))
 
 
 def save_layers(layers):
@@ -295,7 +285,7 @@ def save_layers(layers):
     folder = os.path.join(OUTPUT, f"layers-{','.join(map(str, layers))}")
     if os.path.exists(folder):
         return
-    model, tokenizer = distill.load_model(f"{TEACHER}/teacher")
+    model, tokenizer = data.load_model(f"{TEACHER}/teacher")
     model.bert.encoder.layer = torch.nn.ModuleList([model.bert.encoder.layer[i] for i in layers])
     model.config.num_hidden_layers = len(layers)
     os.makedirs(folder)
@@ -328,7 +318,7 @@ def run_all(rows, seeds, pool):
 
 
 def train_size(flags):
-    splits = (flags.get("train_split", str(LABELLED)), flags.get("unlabeled_split", "0"))
+    splits = (flags.get("train_split", str(LABELED)), flags.get("unlabeled_split", "0"))
     return sum(int(re.sub(r"\D", "", split)) for split in splits)
 
 
@@ -345,11 +335,11 @@ def answers(folder, dataset_id):
     path = os.path.join(folder, "answers.safetensors")
     if not os.path.exists(path):
         with PREDICTING:
-            model, tokenizer = distill.load_model(folder)
+            model, tokenizer = data.load_model(folder)
             splits, _ = data.load_splits(dataset_id, None, {"train": "train", "eval": "validation", "test": "test"})
             texts = {"test": splits["test"].texts}
             if dataset_id == "demo":
-                texts["held_out"] = data.read_demo_unlabeled(f"train[-{HELD_OUT}:]")
+                texts["held_out"] = data.take(data.read_demo("unlabeled"), f"train[-{HELD_OUT}:]")
             device = distill.choose_device()
             precision = distill.choose_precision("auto", device)
             found = {}
@@ -357,8 +347,8 @@ def answers(folder, dataset_id):
                 tokens = data.tokenize(tokenizer, texts[role], 512).to(device)
                 found[role] = distill.predict(model.to(device), tokens, precision).argmax(-1).cpu()
             found["test_labels"] = splits["test"].labels
-            with distill.complete_file(path) as temporary:
-                safetensors.torch.save_file(found, temporary)
+            safetensors.torch.save_file(found, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
     return {role: tensor.numpy() for role, tensor in safetensors.torch.load_file(path).items()}
 
 
@@ -416,11 +406,29 @@ def mean_and_sd(values):
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
+SECTIONS = {
+    "quality": "Students of the demo's teacher",
+    "demo": "Candidates for the demo",
+    "tried": "What was tried",
+    "tried-all": "The layers again, on all the text",
+    "classes": "54 classes",
+}
+
+
+def put_section(title, text):
+    """Put text below the heading in tests/quality.md, in place of what stands there."""
+    path = Path(ROOT, "tests", "quality.md")
+    before, *sections = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    sections = {section.partition("\n")[0]: section for section in sections}
+    sections[title] = f"{title}\n\n{text.strip()}\n\n"
+    distill.write(before + "".join(f"## {section}" for section in sections.values()).rstrip() + "\n", path)
+
+
 def draw():
-    """Draw imgs/quality.svg, test accuracy of the students beside their teacher's, from README's table."""
-    with open(bench_speed.README, encoding="utf-8") as file:
-        teacher = float(re.search(r"One teacher for all: ([\d.]+)%", file.read())[1])
-    rows = bench_speed.readme_table("quality", "student", "test accuracy %")
+    """Draw imgs/quality.svg, test accuracy of the students beside their teacher's, from tests/quality.md."""
+    text = Path(ROOT, "tests", "quality.md").read_text(encoding="utf-8")
+    teacher = float(re.search(r"One teacher for all: ([\d.]+)%", text)[1])
+    rows = bench_speed.table_in("quality.md", "student", "test accuracy %")
     scores = [[float(number) for number in row["test accuracy %"].split(" ± ")] for row in rows]
     low = min(mean - spread for mean, spread in scores)
     high = max([teacher, *(mean + spread for mean, spread in scores)])

@@ -2,11 +2,11 @@
 
     python tests/bench_speed.py                # measure; leave the machine alone meanwhile
     python tests/bench_speed.py --latencies    # only what bench.py --onnx measures for the published pair
-    python tests/bench_speed.py --draw         # only redraw the picture from README's table
+    python tests/bench_speed.py --draw         # only redraw the picture from tests/speed.md
 
 The ways take turns on this machine, round after round, each run in a process of its own, with the same models, text,
 batch size and epochs. The models have the shapes of the published pair, with random weights, since speed does not
-depend on them, and of the demo. The figures go into README.md, between its markers, and into imgs/speed.svg.
+depend on them, and of the demo. The figures go into tests/speed.md, or tests/latency.md, and into imgs/speed.svg.
 """
 
 # ruff: noqa: E402
@@ -24,6 +24,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -36,7 +38,6 @@ import data
 import distill
 from losses import distillation_loss
 
-README = os.path.join(ROOT, "README.md")
 OUTPUT = os.path.join(ROOT, "outputs", "speed")
 BATCH_SIZE = 32
 PUBLISHED, DEMO = "BERT-base → BERT-tiny", "demo: 6 → 2 layers"  # the pairs of models, as the tables name them
@@ -83,7 +84,7 @@ def save_text(examples):
     """Write so many of the demo's sentences, repeated if too few, and a tenth for eval; returns the folder."""
     folder = os.path.join(OUTPUT, f"text{examples}")
     os.makedirs(folder, exist_ok=True)
-    rows = data.read_demo("train")
+    rows = data.read_demo("dataset")["train"]
     rows = list(zip(rows["text"], rows["label"], strict=True))
     names = ("negative", "positive")
     for split, count in (("train", examples), ("validation", min(examples // 10, 1000))):
@@ -106,7 +107,7 @@ def timed(command, threads=None):
 
 
 def ours(models, text, epochs, batch_size=BATCH_SIZE, ranks=None, threads=None, parts=False):
-    """Run distill.py from a clean folder. Returns the process's seconds, and those of "labelling" and "training".
+    """Run distill.py from a clean folder. Returns the process's seconds, and those of "labeling" and "training".
 
     With parts=True the second result is what `parts_of_a_run` prints instead.
     """
@@ -193,19 +194,20 @@ def parts_of_a_run(argv):
         setattr(module, name, clocked)
 
     clock(distill, "main", "rest")
-    clock(data, "load_splits", "reading text")
-    clock(distill, "load_model", "loading models")
-    clock(data, "tokenize", "tokenising")
-    clock(data, "same_tokenizer", "tokenising")
-    clock(distill, "label_with_teacher", "labelling")
-    clock(distill, "training_step", "student's steps")
-    clock(distill, "train", "rest of the loop")
-    clock(distill, "evaluate", "evaluation")
-    clock(distill, "save_model", "saving the student")
-    clock(distill, "save_checkpoint", "checkpoints")
-    clock(distill, "identity_of", "digests")
-    clock(distill, "model_digest", "digests")
-    clock(distill, "finish", "results and card")
+    for module, name, part in (
+        (data, "load_splits", "reading text"),
+        (data, "load_model", "loading models"),
+        (data, "tokenize", "tokenizing"),
+        (distill, "label_with_teacher", "labeling"),
+        (distill, "training_step", "student's steps"),
+        (distill, "train", "rest of the loop"),
+        (distill, "evaluate", "evaluation"),
+        (distill, "save_model", "saving the student"),
+        (distill.RunFiles, "save_checkpoint", "checkpoints"),
+        (distill, "digest", "digests"),
+        (distill, "finish", "results and card"),
+    ):
+        clock(module, name, part)
     distill.main(argv)
     # Not getrusage's ru_maxrss: a process starts out with its parent's.
     with open("/proc/self/status", encoding="ascii") as status:
@@ -226,16 +228,15 @@ def loop_overhead(models, text, rounds=15):
     """An epoch of train() without evaluation and files, over its bare steps on batches in memory: ratios of seconds."""
     argv = ["--teacher_id", models[0], "--student_id", models[1], "--dataset_id", text, "--epochs", "1"]
     args = distill.parse_args([*argv, "--batch_size", str(BATCH_SIZE), "--output_dir", os.path.join(OUTPUT, "loop")])
-    distill.evaluate = lambda *_: {"accuracy": 0.0, "loss": 0.0}
-    distill.save_model = distill.say = lambda *_: None
+    distill.evaluate, distill.say = lambda *_: {"accuracy": 0.0, "loss": 0.0}, lambda *_: None
     device = distill.choose_device()
     with distill.process_group(device):
-        args.precision = distill.choose_precision(args.precision, device)
-        task = distill.read_task(args)
-        student, tokens = task.student.to(device), task.student_tokens["train"].to(device)
-        labels = task.labels["train"].to(device)
-        logits = torch.randn(len(labels), 2, device=device)
-        batches = list(tokens.batches(data.training_batches(tokens.lengths, BATCH_SIZE, args.seed, 0)))
+        args = replace(args, precision=distill.choose_precision(args.precision, device))
+        task = distill.read_task(args).to(device)
+        student, examples = task.student, task.student_splits["train"]
+        examples.teacher_logits = torch.randn(len(examples.labels), 2, device=device)
+        batches = data.training_batches(examples.tokens.lengths, BATCH_SIZE, args.seed, 0)
+        batches = [examples.tokens.batch(rows) for rows in batches]
 
         def bare():
             optimizer = distill.make_optimizer(student, args)
@@ -244,7 +245,8 @@ def loop_overhead(models, text, rounds=15):
             for rows, inputs in batches:
                 with distill.autocast(device, args.precision):
                     answers = distill.forward(student, inputs)
-                loss, *_ = distillation_loss(answers, logits[rows], labels[rows], args.alpha, args.temperature)
+                logits, labels = examples.teacher_logits[rows], examples.labels[rows]
+                loss, *_ = distillation_loss(answers, logits, labels, args.alpha, args.temperature)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
                 optimizer.step()
@@ -253,24 +255,15 @@ def loop_overhead(models, text, rounds=15):
                 torch.cuda.synchronize()
             return time.perf_counter() - start
 
-        def whole():
-            student_tokens = {"train": tokens, "eval": None}
-            return distill.train(
-                args,
-                "student",
-                student,
-                None,
-                student_tokens,
-                {"train": labels, "eval": None},
-                get_teacher_logits=lambda host_rows, rows: logits[rows],
-            ).seconds
+        def whole():  # without an identity it leaves no files
+            return distill.train(args, "student", student, None, {"train": examples, "eval": None}).seconds
 
         bare(), whole()  # warm up
         return [whole() / bare() for _ in range(rounds)]
 
 
 def padding(text):
-    """The share of padding among the computed tokens: in labelling, in training, and in random batches."""
+    """The share of padding among the computed tokens: in labeling, in training, and in random batches."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(data.demo_model())
     tokens = data.tokenize(tokenizer, data.load_splits(text)[0]["train"].texts, 512)
 
@@ -308,10 +301,10 @@ def two_ranks(models, text, rounds):
         size: [[ours(models, text, 3, size, ranks, threads=1)[1] for ranks in (1, 2)] for _ in range(rounds)]
         for size in (BATCH_SIZE, default)
     }
-    for part, size in (("labelling", default), ("training", BATCH_SIZE), ("training", default)):
+    for part, size in (("labeling", default), ("training", BATCH_SIZE), ("training", default)):
         one, two = [[run[i][part] for run in runs[size]] for i in (0, 1)]
         yield [
-            part if part == "labelling" else f"{part}, batches of {size}",
+            part if part == "labeling" else f"{part}, batches of {size}",
             *(f"{statistics.median(way):.1f}" for way in (one, two)),
             median_and_range([a / b for a, b in zip(one, two, strict=True)], 2),
         ]
@@ -322,7 +315,7 @@ def two_ranks(models, text, rounds):
 
 
 def table(header, rows):
-    text = bench.table([dict(zip(header, row, strict=True)) for row in rows])
+    text = distill.table([dict(zip(header, row, strict=True)) for row in rows])
     print(text, flush=True)
     return text
 
@@ -333,7 +326,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=3, help="how often each comparison is made")
     parser.add_argument("--sizes", default="5000,50000,500000", help="of the data sets that show how a run grows")
     parser.add_argument("--latencies", action="store_true", help="only measure the published pair as bench.py does")
-    parser.add_argument("--draw", action="store_true", help="only draw the picture, from README's table")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture, from tests/speed.md")
     args = parser.parse_args(argv)
     if args.draw:
         return draw()
@@ -363,7 +356,7 @@ def main(argv=None):
     )
     overheads = [median_and_range(loop_overhead(models, text), 2) for models in (published, demo)]
     paddings = table(
-        ["share of padding", "labelling", "training", "random batches"],
+        ["share of padding", "labeling", "training", "random batches"],
         [
             [f"{name} sentences", *(f"{share:.1%}" for share in padding(folder))]
             for name, folder in ((f"{args.examples:,}", text), ("the demo's 6,824", save_text(6824)))
@@ -382,18 +375,17 @@ def main(argv=None):
 
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     conditions = f"{device}, {args.examples:,} sentences in batches of {BATCH_SIZE}, {args.rounds} rounds"
-    report = f"""How many times as fast as the Trainer:
+    report = f"""# How fast distill.py is
+
+How many times as fast as the Trainer:
 
 {ratios}
 
 {conditions}. Training includes an evaluation after every
-epoch and, in ours, the teacher's labelling.
-
-<details>
-<summary>All figures, where the time goes, padding, two processes, growth with the data</summary>
+epoch and, in ours, the teacher's labeling.
 
 - As published: a `Trainer` that runs the teacher in its loss, in evaluation too
-  ([tests/trainer_way.py](tests/trainer_way.py)), in {AS_PUBLISHED}. Tuned: student and teacher in {precision}, 50
+  ([trainer_way.py](trainer_way.py)), in {AS_PUBLISHED}. Tuned: student and teacher in {precision}, 50
   batches at a time sorted by length, no optimizer in its checkpoints. Ours: {precision}.
 - Training: from models and tokens in memory to the saved student. Whole process: imports, reading and loading too.
   Medians; ratios with their range.
@@ -425,25 +417,29 @@ One process and two, {"each with its GPU" if ON_GPU else "each with one thread"}
 How time and memory grow with the data (teacher and student of one layer, 64 wide; 1 epoch):
 
 {grown}
-
-</details>
 """
     print(report)
-    bench.put_into_card(report, README, "speed")
+    distill.write(report, Path(ROOT, "tests", "speed.md"))
     draw()
 
 
 def latencies():
-    """Put into README what bench.py measures for the published pair's shapes, in PyTorch and ONNX Runtime."""
+    """Write tests/latency.md: what bench.py measures for the published pair's shapes, in PyTorch and ONNX Runtime."""
     teacher, student = save_published()
-    output = os.path.join(OUTPUT, "bench.json")
-    flags = ["--batch_sizes", "1", "--lengths", "32", "--onnx", "--output", output]
+    output = Path(OUTPUT, "bench.json")
+    flags = ["--batch_sizes", "1", "--lengths", "32", "--onnx", "--output", str(output)]
     bench.main(["--teacher_id", teacher, "--student_id", student, *flags])
-    rows = []
-    for row in distill.read_json(output)["models"]:
-        columns = bench.model_columns({**row, "name": os.path.basename(row["name"])})
-        rows.append({name: columns[name] for name in ("model", "precision", "disk MB", "p50 ms", "speed-up")})
-    bench.put_into_card(bench.table(rows), README, "latencies")
+    found = distill.read(output)
+    names = ("model", "precision", "MB", "p50 ms", "speed-up")
+    rows = [{name: bench.shown(row, name).replace(f"{OUTPUT}/", "") for name in names} for row in found["models"]]
+    report = f"""# The published pair's shapes, measured by bench.py
+
+Random weights, one text of 32 tokens at a time: `python tests/bench_speed.py --latencies`, {datetime.date.today()},
+{found["device"]}, torch {torch.__version__}, transformers {transformers.__version__}.
+
+{distill.table(rows)}
+"""
+    distill.write(report, Path(ROOT, "tests", "latency.md"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,8 +450,8 @@ GREY, BLUE, RED, OCHRE = "#797979", "#2079e0", "#d4456a", "#a06f00"
 
 
 def draw():
-    """Draw imgs/speed.svg, seconds of training against epochs, from README's table."""
-    rows = readme_table("speed", "ours s", "tuned s")
+    """Draw imgs/speed.svg, seconds of training against epochs, from tests/speed.md."""
+    rows = table_in("speed.md", "ours s", "tuned s")
     with picture("speed", columns=2) as both:
         for axes, title in zip(both, (PUBLISHED, DEMO), strict=True):
             of_pair = [row for row in rows if row["models"] == title]
@@ -483,15 +479,14 @@ def draw():
         both[0].set_ylabel("seconds of training")
 
 
-def readme_table(name, *columns):
-    """The first table with these columns between README's markers of that name: its rows, as text by column."""
-    with open(README, encoding="utf-8") as file:
-        block = file.read().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
-    for paragraph in block.split("\n\n"):
+def table_in(file, *columns):
+    """The first table with these columns in a file of tests/: its rows, as text by column."""
+    for paragraph in Path(ROOT, "tests", file).read_text(encoding="utf-8").split("\n\n"):
         lines = [line.strip("| ").split(" | ") for line in paragraph.splitlines() if line.startswith("|")]
+        lines = [[cell.strip() for cell in line] for line in lines]
         if lines and set(columns) <= set(lines[0]):
             return [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
-    raise ValueError(f"README.md has no table with the columns {', '.join(columns)}")
+    raise ValueError(f"tests/{file} has no table with the columns {', '.join(columns)}")
 
 
 @contextlib.contextmanager
