@@ -660,6 +660,7 @@ def finish(args, task, scores, seconds, parameters, device, trials):
         for role in scores[who]:
             results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
     examples = {role: len(split.labels) for role, split in task.student_splits.items()}
+    modules = (torch, transformers, datasets, huggingface_hub)
     results |= {
         "seconds": seconds,
         "classes": task.class_names,
@@ -667,21 +668,18 @@ def finish(args, task, scores, seconds, parameters, device, trials):
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
-        "versions": {
-            module.__name__: module.__version__ for module in (torch, transformers, datasets, huggingface_hub)
-        },
+        "versions": {module.__name__: module.__version__ for module in modules},
         "arguments": asdict(args),
         "search": trials,
     }
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
     write_model_card(args, results)
     say(f"\n{results_table(results)}\n")
-    say(f"seconds: labeling {seconds['labeling']:.1f}, training {seconds['training']:.1f}")
-    teacher, student = results["teacher"], results["student"]
-    if args.alpha < 1 and student["eval_accuracy"] > teacher["eval_accuracy"]:
-        todo = "train it longer (--teacher_epochs), take a better one, or give the labels more weight (--alpha)"
-        say(f"note: on eval the student is better than its teacher, which holds it back: {todo}")
+    say("labeling: {labeling:.1f} s; training: {training:.1f} s".format(**seconds))
     say(f"the student is in {args.output_dir}\n")
+    if args.alpha < 1 and results["student"]["eval_accuracy"] > results["teacher"]["eval_accuracy"]:
+        todo = "train it longer (--teacher_epochs), take a better one, or give the labels more weight (--alpha)"
+        say(f"note: on eval the student is better than its teacher, which holds it back: {todo}\n")
     if args.hub_model_id:
         with writing(f"to the Hub, but the student is safe in {args.output_dir}"):
             huggingface_hub.HfApi().upload_folder(
@@ -726,8 +724,7 @@ def report_teacher(scores, labels, class_names):
 
 def write_model_card(args, results):
     """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
-    teacher, student = data.hub_id(args.teacher_id, "model"), data.hub_id(args.student_id, "model")
-    dataset = data.hub_id(args.dataset_id, "dataset")
+    teacher, dataset = data.hub_id(args.teacher_id, "model"), data.hub_id(args.dataset_id, "dataset")
     scored = None if args.dataset_id == "demo" else dataset  # the demo's splits are not the Hub's
     scores = [
         huggingface_hub.EvalResult(
@@ -745,7 +742,7 @@ def write_model_card(args, results):
     ]
     metadata = huggingface_hub.ModelCardData(
         model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
-        base_model=teacher if args.student_id == "teacher" else student,
+        base_model=teacher if args.student_id == "teacher" else data.hub_id(args.student_id, "model"),
         datasets=dataset and [dataset],
         library_name="transformers",
         pipeline_tag="text-classification",
