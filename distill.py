@@ -1016,7 +1016,7 @@ class Lines(io.TextIOBase):
 
     def write(self, text):
         if text.strip():
-            print(text.strip(), flush=True)
+            print(" ".join(text.split()), flush=True)
 
 
 def choose_device():
