@@ -99,7 +99,7 @@ TABLES = {  # name -> (title, rows), of which the first is the control
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--table", choices=TABLES, default="quality", help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, help="runs a row, at most and at least 2 (default: by the row)")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(2, 6), help="runs a row, at most")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--draw", action="store_true", help="only draw the picture, from tests/quality.md")
     args = parser.parse_args()
@@ -129,13 +129,10 @@ def write_table(args):
     examples, versions = results["examples"], results["versions"]
     files = [f"{run['results']['student']['model']}/results.json" for own in runs.values() for run in own]
     date = datetime.date.fromtimestamp(max(map(os.path.getmtime, files)))
-    unseen = "the test sentences"
-    interval = "a paired bootstrap over\n  test sentences and seeds together"
+    unseen, interval = "the test sentences", "a paired bootstrap over test sentences and seeds together"
     if not classes:
         unseen = f"{HELD_OUT:,} sentences of the demo's text that no student has seen"
-        interval = (
-            "Student's t, which covers\n  the randomness of training only, not that of the choice of test sentences"
-        )
+        interval = "Student's t, which covers the randomness of training, not that of the choice of test sentences"
     report = f"""{distill.table(lines)}
 
 - Mean ± standard deviation over seeds. One teacher for all: {100 * test_accuracy:.2f}% right on the
@@ -143,10 +140,11 @@ def write_table(args):
 - Every row trains on the {examples["train"]:,} labeled sentences; those that it names, without labels, are added.
 - % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
 - Agreement: the same answer as the teacher's, on {unseen}.
-- Against the first row: the mean difference between runs of the same seed and its 95% interval, by {interval}.
-- {date}, {results["device"]}, {args.processes} runs at a time, {results["threads"]} CPU
-  thread(s) each, {results["arguments"]["precision"]}, torch {versions["torch"]}, transformers
-  {versions["transformers"]}: `{shlex.join(["python", "tests/bench_quality.py", *sys.argv[1:]])}`
+- Against the first row: the mean difference between runs of the same seed and its 95% interval, by
+  {interval}.
+- {date}, {results["device"]}, {args.processes} runs at a time, {results["threads"]} CPU thread(s) each,
+  {results["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
+  `{shlex.join(["python", "tests/bench_quality.py", *sys.argv[1:]])}`
 """
     print(report)
     bench_speed.write_section(REPORT, title, report)
