@@ -43,7 +43,7 @@ from losses import NO_LABEL, distillation_loss
 
 
 def flag(default, help, **rules):
-    """A field of a Config: default, help, and rules for its value: at_least, above, at_most, or argparse's own."""
+    """A field of a Config: default, help, and rules for its value: at_least, above, at_most, choices, metavar."""
     return field(default=default, metadata={"help": help, **rules})
 
 

@@ -200,7 +200,7 @@ def two_ranks(models, text, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 400, help="sentences to train on")
+    parser.add_argument("--examples", type=int, default=67_349 if ON_GPU else 256, help="sentences to train on")
     parser.add_argument("--rounds", type=int, default=3, help="how often each comparison is made")
     parser.add_argument("--latencies", action="store_true", help="only write tests/latency.md, by bench.py")
     parser.add_argument("--draw", action="store_true", help="only draw the picture, from tests/speed.md")
