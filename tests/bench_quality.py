@@ -47,7 +47,7 @@ CLASSES = {"dataset_id": CLASSES_DATA, "train_split": "train[:12000]"}
 FINE_TUNING = {"epochs": 1, "alpha": 1.0, "student_layers": 1, **CLASSES, "teacher_epochs": 8}
 FINE_TUNING |= {"teacher_learning_rate": 3e-4, "save_steps": 100}
 CLASSES |= {"teacher_id": f"{CLASSES_TEACHER}/teacher", "epochs": 3, "learning_rate": 4e-4}
-CLASSES_TEXT = {"unlabeled_id": f"{CLASSES_DATA}/sentences.txt", "unlabeled_split": "train[:50000]"}
+CLASSES_TEXT = {"unlabeled_id": f"{CLASSES_DATA}/sentences.txt", "unlabeled_split": "train[:30000]"}
 TEACHERS = {TEACHER: {"epochs": 1}, CLASSES_TEACHER: FINE_TUNING}  # folder -> flags of the run that leaves it
 
 
@@ -82,7 +82,7 @@ ROWS = {
     "classes-both": ("labels and teacher (alpha 0.5, T 4)", CLASSES, 3),
     "classes-teacher-alone": ("teacher alone (alpha 0, T 2)", {**CLASSES, **TEACHER_ALONE}, 3),
     "classes-text": (
-        "teacher alone (alpha 0, T 2) on 50,000 sentences",
+        "teacher alone (alpha 0, T 2) on 30,000 sentences",
         {**CLASSES, **TEACHER_ALONE, **CLASSES_TEXT, "epochs": 1},
         5,
     ),
