@@ -322,7 +322,7 @@ def draw():
                 axes.annotate(f"{values[-1]:.0f} s", xytext=(7, 0), va="center", **style)
                 place = {"xytext": (-6, 5), "va": "bottom"}
                 if way == "ours" and close:
-                    place = {"xytext": (-6, -34), "va": "top"}
+                    place = {"xytext": (-6, -46), "va": "top"}
                 axes.annotate(names[way], ha="right", **place, **style)
             axes.set_title(title, fontsize="medium")
             axes.set(xlim=(0, epochs[-1]), ylim=(0, top), xticks=epochs, xlabel="epochs")
