@@ -119,7 +119,7 @@ def write_table(args):
     if classes:
         debian()
     folder = CLASSES_TEACHER if classes else TEACHER
-    test_accuracy = run(folder, TEACHERS[folder])["teacher"]["test_accuracy"]
+    fine_tuning = run(folder, TEACHERS[folder])
     teacher = answers(f"{folder}/teacher", classes)
     runs = make_runs(names.split(), classes, args)
     control = next(iter(runs.values()))
@@ -135,8 +135,9 @@ def write_table(args):
         interval = "Student's t, which covers the randomness of training, not that of the choice of test sentences"
     report = f"""{distill.table(lines)}
 
-- Mean ± standard deviation over seeds. One teacher for all: {100 * test_accuracy:.2f}% right on the
-  {examples["test"]:,} test sentences.
+- Mean ± standard deviation over seeds. One teacher for all: {100 * fine_tuning["teacher"]["test_accuracy"]:.2f}% right
+  on the {examples["test"]:,} test sentences, by eval accuracy the best of
+  {fine_tuning["arguments"]["teacher_epochs"]} epochs.
 - Every row trains on the {examples["train"]:,} labeled sentences; those that it names, without labels, are added.
 - % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
 - Agreement: the same answer as the teacher's, on {unseen}.
