@@ -79,12 +79,12 @@ ROWS = {
     "lr-6e-4": tried("a learning rate of 6e-4", learning_rate=6e-4),
     "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 3),
     "classes-alone": ("labels alone (alpha 1)", {**CLASSES, "alpha": 1.0}, 5),
-    "classes-both": ("labels and teacher (alpha 0.5, T 4)", CLASSES, 3),
+    "classes-both": ("labels and teacher (alpha 0.5, T 4)", CLASSES, 5),
     "classes-teacher-alone": ("teacher alone (alpha 0, T 2)", {**CLASSES, **TEACHER_ALONE}, 3),
     "classes-text": (
         "teacher alone (alpha 0, T 2) on 30,000 sentences",
         {**CLASSES, **TEACHER_ALONE, **CLASSES_TEXT, "epochs": 1},
-        5,
+        3,
     ),
     "classes-little": ("labels and teacher (alpha 0.1, T 2)", {**CLASSES, "alpha": 0.1, "temperature": 2.0}, 3),
 }
