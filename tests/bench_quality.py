@@ -92,7 +92,7 @@ TABLES = {  # name -> (title, rows), of which the first is the control
     "quality": ("Students with and without the teacher", "alone some-teacher patient-alone patient-100k patient"),
     "demo": ("Candidates for the demo's flags", "demo demo-text-teacher"),  # both take about as long as the demo
     "tried": ("Other changes", "some-teacher some T-1 T-4 lr-1e-4 lr-4e-4 lr-6e-4 both alone"),
-    "classes": ("54 classes", "classes-alone classes-both classes-teacher-alone classes-text classes-little"),
+    "classes": ("54 classes (Debian)", "classes-alone classes-both classes-teacher-alone classes-text classes-little"),
 }
 
 
