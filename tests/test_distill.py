@@ -278,10 +278,10 @@ def test_readme_names_no_flag_and_no_figure_that_is_not_there(capsys):
     assert set(re.findall(r"--(\w+)", readme.split("## The loss")[1])) <= flags | others
     measured = "".join(Path(ROOT, "tests", f"{name}.md").read_text(encoding="utf-8") for name in ("quality", "speed"))
     measured = re.sub(" +", " ", measured)  # a table's columns are padded
-    for chapter, title in (("## What the teacher brings", "| task"), ("## How fast", "| models")):
+    for chapter, title, first in (("## What the teacher brings", "| task | ", 1), ("## How fast", "| models", 0)):
         table = [line for line in readme.split(chapter)[1].split("\n## ")[0].splitlines() if line.startswith("|")]
         assert table[0].startswith(title) and len(table) == 6
-        for cell in (cell.strip() for row in table[2:] for cell in row.strip("|").split("|")[1:]):
+        for cell in (cell.strip() for row in table[2:] for cell in row.strip("|").split("|")[first:]):
             assert f" {cell} |" in measured or f" {cell}: " in measured, cell
 
 
@@ -563,7 +563,8 @@ def test_compile_without_a_compiler_is_told_before_the_work(command, tmp_path):
     words = [f"{ROOT}/distill.py", *command("run", compile="true")]  # torch looks at CXX when it is imported
     told = start_anew(words, CXX="no-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
-    assert "error: --compile does not work on this machine: " in told.stderr and "data: " not in told.stdout
+    assert "error: --compile does not work on this machine: " in told.stderr
+    assert re.sub(r"\[Gloo\] .*\n", "", told.stdout) == ""  # a line of torch 2.9's own
 
 
 def test_gradients_are_unscaled_before_they_are_clipped(command, monkeypatch):
