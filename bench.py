@@ -445,7 +445,7 @@ def in_onnx_runtime(model, split, args):
 
 
 def export(model, folder, args):
-    """Write ONNX_FILES. Raises UserError if they do not give PyTorch's logits for some texts, alone and padded."""
+    """Write ONNX_FILES. Raises UserError if the fp32 one does not give PyTorch's logits, alone and padded."""
     from onnxruntime.quantization import quantize_dynamic  # only --onnx needs it
 
     texts = [" ".join(map(str, range(n))) for n in range(1, 80, 10)]

@@ -53,7 +53,7 @@ class Config:
 
     # Models
     teacher_id: str = flag("textattack/bert-base-uncased-SST-2", "Hub id or local folder")
-    student_id: str = flag("google/bert_uncased_L-2_H-128_A-2", "the same, or 'teacher': start from its own weights")
+    student_id: str = flag("google/bert_uncased_L-2_H-128_A-2", "or 'teacher', to start from the teacher's weights")
     student_layers: int = flag(None, "keep N layers of student_id, evenly spaced; all by default", at_least=1)
     # Data
     dataset_id: str = flag("nyu-mll/glue", "Hub id, or local folder or file (csv, tsv, json, jsonl, parquet)")
@@ -76,17 +76,17 @@ class Config:
     temperature: float = flag(4.0, "softens both distributions in the teacher's term", above=0)
     # Optimization
     epochs: int = flag(7, "passes over the training split", at_least=1)
-    batch_size: int = flag(128, "examples per step, over all processes", at_least=1)
+    batch_size: int = flag(128, "examples per step, over all processes; the teacher's too", at_least=1)
     learning_rate: float = flag(6e-5, "peak; falls linearly to 0", above=0)
     weight_decay: float = flag(0.0, "of AdamW; not applied to biases and norms", at_least=0)
     warmup_ratio: float = flag(0.0, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
     best_by: str = flag("accuracy", "on eval: which epoch is kept", choices=("accuracy", "macro_f1", "loss"))
-    seed: int = flag(33, "of new weights, batches and dropout", at_least=0, at_most=2**63 - 1)
+    seed: int = flag(33, "of new weights, batches, dropout and search", at_least=0, at_most=2**63 - 1)
     n_trials: int = flag(0, "search epochs, learning_rate, alpha and temperature first", at_least=0)
     # Machine
     precision: str = flag("auto", "auto: bf16, on old GPUs fp16, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
-    compile: bool = flag(False, "torch.compile the student")
+    compile: bool = flag(False, "torch.compile the model in training")
     # What a run leaves behind
     output_dir: str = flag(os.environ.get("SM_MODEL_DIR", "outputs"), "folder of the finished student")
     checkpoint_dir: str = flag(None, "folder of checkpoint, labels and teacher; output_dir by default")
@@ -155,7 +155,7 @@ def run(args, device):
     scored = {role: split for role, split in splits.items() if role != "train"}
     teacher_scores = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
     report_teacher(teacher_scores["eval"], scored["eval"].labels, task.class_names)
-    task.teacher = task.teacher_splits = None  # frees their memory, unless live_teacher still needs them
+    task.teacher = task.teacher_splits = texts = None  # frees their memory, unless live_teacher still needs them
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
     trials = []
@@ -195,14 +195,14 @@ class Examples:
 
 
 def label_with_teacher(args, task):
-    """Let the teacher label every split once, for the student. Returns a live teacher where it has to teach as one.
+    """Let the teacher label every split once. Returns None, or with --cache_teacher false a live teacher.
 
     The teacher is frozen, so epochs, batches, alpha and temperature have no part in its logits. Those of PART examples
     are a file whose name is a digest of all that they do depend on, up to rounding: the teacher's weights and
-    configuration, tokens, precision. So whatever is in the file of that name can be used, and nothing else is found.
+    configuration, tokens, precision. So a file of that name can be used as it is.
 
-    With --cache_teacher false, the textbook form, training examples are not labeled: the function returned, of a
-    rank's part of a batch, runs the teacher on it in every step.
+    A live teacher is the textbook form: training examples are not labeled, but in every step this function runs the
+    teacher on a rank's part of the batch.
     """
     teaches = args.alpha < 1 or args.n_trials > 0
     teacher_digest, folder = digest(task.teacher), Path(args.checkpoint_dir, "teacher_logits")
@@ -480,7 +480,7 @@ def read_task(args):
     split_names = {"train": args.train_split, "eval": args.eval_split}
     split_names |= {"test": args.test_split} if args.test_split else {}
     columns = (args.text_columns, args.label_column)
-    splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, split_names, *columns, args.seed)
+    splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, split_names, *columns)
     sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
@@ -586,7 +586,7 @@ def suggest(trial):
 def search(args, task, identity):
     """Train n_trials times with hyperparameters that Optuna chooses; return args with the best ones, and all trials.
 
-    Each process takes its share of the trials: inside alone(), train, predict and say hold it for the only one. They
+    Each process takes its share of the trials: inside alone(), train, predict and say see a group of one process. They
     share a file, with which a repeated command goes on: its study is named by a digest of the command and the labels.
     Trials leave no student: the caller trains with the best hyperparameters again, as in the published recipe.
     """
@@ -678,8 +678,8 @@ def finish(args, task, scores, seconds, parameters, device, trials):
     say("labeling: {labeling:.1f} s; training: {training:.1f} s".format(**seconds))
     say(f"the student is in {args.output_dir}\n")
     if args.alpha < 1 and results["student"]["eval_accuracy"] > results["teacher"]["eval_accuracy"]:
-        todo = "train it longer (--teacher_epochs), take a better one, or give the labels more weight (--alpha)"
-        say(f"note: on eval the student is better than its teacher, which holds it back: {todo}\n")
+        todo = "train the teacher longer (--teacher_epochs), use a better one, or give the labels more weight (--alpha)"
+        say(f"note: on eval the student is better than its teacher, which may hold it back: {todo}\n")
     if args.hub_model_id:
         with writing(f"to the Hub, but the student is safe in {args.output_dir}"):
             huggingface_hub.HfApi().upload_folder(
@@ -756,9 +756,9 @@ def write_model_card(args, results):
 
 # {metadata.model_name}
 
-A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation: it learned from the labels of
-{dataset or "a local data set"} and from the class probabilities of a larger teacher,
-{teacher or "a local model"}{", fine-tuned first" if args.teacher_epochs else ""}.
+A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from a larger teacher,
+{teacher or "a local model"}{", fine-tuned first" if args.teacher_epochs else ""}, on {dataset or "a local data set"}.
+The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g};
 {results["examples"]["unlabeled"]:,} more examples had no label but the teacher's.
 
 {results_table(results)}
@@ -1116,9 +1116,9 @@ def check_before_start(args, device):
         same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         check((same_machine, "--n_trials runs on one machine: its processes share a file of trials"))
     written = [args.output_dir, f"{args.checkpoint_dir}/teacher"] if args.teacher_epochs else [args.output_dir]
-    for read in (args.teacher_id, args.student_id):
-        unlike = os.path.realpath(os.path.expanduser(read)) not in map(os.path.realpath, written)
-        check((unlike, f"{read} would be overwritten: choose another --output_dir"))
+    for source in (args.teacher_id, args.student_id):
+        unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
+        check((unlike, f"{source} would be overwritten: choose another --output_dir"))
     for folder in (args.output_dir, args.checkpoint_dir):
         os.makedirs(folder, exist_ok=True)
     if args.compile:  # it needs a C++ compiler, on GPUs Triton

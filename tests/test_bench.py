@@ -204,6 +204,21 @@ def test_real_texts_are_the_same_whatever_the_batch_size(reviews_folder):
         bench.text_batches(split, 64, "real")
 
 
+def test_a_single_file_is_scored_on_the_tenth_that_distill_held_out(run, write_csv, reviews, save_tiny, monkeypatch):
+    path, load_splits, held_out = write_csv("reviews.csv", reviews[:100]), data.load_splits, []
+
+    def recording_load_splits(*args):
+        held_out.append(load_splits(*args)[0]["eval"].texts[:])
+        return load_splits(*args)
+
+    monkeypatch.setattr(data, "load_splits", recording_load_splits)
+    models = ["--teacher_id", save_tiny("teacher"), "--student_id", save_tiny("student"), "--dataset_id", path]
+    with distill.process_group(torch.device("cpu")):
+        distill.read_task(distill.parse_args([*models, "--seed", "7"]))
+    run(*models, "--batch_sizes", "1", "--lengths", "8", "--precision", "fp32")
+    assert held_out[0] == held_out[1]
+
+
 # Accuracy
 
 
