@@ -2,7 +2,7 @@
 
 python sm_launch.py                                  # the published pair, on one ml.g5.12xlarge with four GPUs
 python sm_launch.py --spot --wait -- --alpha 0.3     # after a bare --: distill.py's own flags
-python sm_launch.py --dry_run                        # print the request: needs no credentials, sends nothing
+python sm_launch.py --dry_run --region us-east-1     # print the request: needs no credentials, sends nothing
 """
 
 import hashlib
