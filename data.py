@@ -465,7 +465,7 @@ class Tokens:
         """
         lengths = self.lengths[rows]
         if self.device.type == "cuda":
-            rows = rows.pin_memory()  # a transfer from pinned memory does not wait for the device
+            rows = rows.contiguous().pin_memory()  # a contiguous transfer from pinned memory does not stall the host
         rows = rows.to(self.device, non_blocking=True)
         longest = int(lengths.max())
         padded = int(lengths.min()) < longest

@@ -938,12 +938,8 @@ def process_group(device):
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted: the same command continues from the last checkpoint", code=130)
-    except Exception:
-        if dist.get_world_size() > 1:
-            # This rank alone has failed. An orderly exit would wait for the others, who wait for this rank; torchrun
-            # ends them once it is gone.
-            traceback.print_exc()
-            os._exit(1)
+    except Exception as error:
+        leave_alone(error, dist.get_world_size())
         raise
     finally:
         if dist.is_initialized():
@@ -956,9 +952,26 @@ def alone():
     everyone, ranks = dist.group.WORLD, (dist.get_rank(), dist.get_world_size())
     meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     dist.group.WORLD, _ = dist.new_subgroups(group_size=1, backend="gloo")
-    yield ranks  # a process that fails here ends as a group of its own, and so prints its error itself
+    try:
+        yield ranks
+    except Exception as error:
+        leave_alone(error, ranks[1])
+        raise
     dist.group.WORLD = everyone
     dist.barrier(meeting)
+
+
+def leave_alone(error, world_size):
+    """End a process that has failed alone, if there are others; torchrun ends these once it is gone.
+
+    An orderly exit would have NCCL wait for them, who wait for this process.
+    """
+    if world_size > 1:
+        if isinstance(error, UserError):
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
+        traceback.print_exc()
+        os._exit(1)
 
 
 def from_rank0(make, timeout=None):
