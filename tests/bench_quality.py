@@ -3,7 +3,8 @@
     python tests/bench_quality.py                      # students with and without the teacher, and their picture
     python tests/bench_quality.py --table demo         # candidates for the demo's own flags
     python tests/bench_quality.py --table tried        # true labels, temperatures and learning rates
-    python tests/bench_quality.py --table classes      # another task, of 54 classes, on Debian or Ubuntu
+    python tests/bench_quality.py --table classes      # 54 classes: 12,000 labels and more text (Debian or Ubuntu)
+    python tests/bench_quality.py --table classes-all  # the same with all labels
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
 missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). A table is
@@ -37,18 +38,25 @@ OUTPUT = "outputs/quality"  # this and all other paths are below ROOT, where mai
 REPORT = Path("tests/quality.md")
 SENTENCES, HELD_OUT = 269_256, 20_000  # of the demo's text without labels; the last 20,000 are seen by no student
 CLASSES_DATA = f"{OUTPUT}/classes-data"
-TEACHER, CLASSES_TEACHER = f"{OUTPUT}/teacher", f"{OUTPUT}/classes-teacher"
+TEACHER, FEW_TEACHER, ALL_TEACHER = (f"{OUTPUT}/{name}" for name in ("teacher", "few-teacher", "all-teacher"))
 
 ALONE = {"epochs": 10, "alpha": 1.0}
 PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
 TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
-# 54 classes. By eval: the teacher's rate (over 6e-4, two epochs) and epoch; the students' (over 2e-4, 6,000 labels).
-CLASSES = {"dataset_id": CLASSES_DATA, "train_split": "train[:12000]"}
-FINE_TUNING = {"epochs": 1, "alpha": 1.0, "student_layers": 1, **CLASSES, "teacher_epochs": 8}
-FINE_TUNING |= {"teacher_learning_rate": 3e-4, "save_steps": 100}
-CLASSES |= {"teacher_id": f"{CLASSES_TEACHER}/teacher", "epochs": 3, "learning_rate": 4e-4}
-CLASSES_TEXT = {"unlabeled_id": f"{CLASSES_DATA}/sentences.txt", "unlabeled_split": "train[:30000]"}
-TEACHERS = {TEACHER: {"epochs": 1}, CLASSES_TEACHER: FINE_TUNING}  # folder -> flags of the run that leaves it
+# 54 classes, few labels or all. By eval: the teachers' epoch and rate (over 6e-4, two epochs of few labels); the
+# students' rate (over 2e-4, with 6,000 labels).
+FEW, ALL = ({"dataset_id": CLASSES_DATA, "train_split": split} for split in ("train[:12000]", "train"))
+FINE_TUNING = {"teacher_learning_rate": 3e-4, "save_steps": 100, "epochs": 1, "alpha": 1.0, "student_layers": 1}
+TEACHERS = {  # folder -> flags of the run that leaves it
+    TEACHER: {"epochs": 1},
+    FEW_TEACHER: {**FEW, **FINE_TUNING, "teacher_epochs": 8},
+    ALL_TEACHER: {**ALL, **FINE_TUNING, "teacher_epochs": 4},
+}
+FEW |= {"teacher_id": f"{FEW_TEACHER}/teacher", "epochs": 3, "learning_rate": 4e-4}
+ALL = {**FEW, **ALL, "teacher_id": f"{ALL_TEACHER}/teacher"}
+ON_DESCRIPTIONS = {**FEW, **TEACHER_ALONE, "unlabeled_id": CLASSES_DATA, "unlabeled_split": "train[12000:]"}
+ON_SENTENCES = {**FEW, **TEACHER_ALONE, "epochs": 1}
+ON_SENTENCES |= {"unlabeled_id": f"{CLASSES_DATA}/sentences.txt", "unlabeled_split": "train[:30000]"}
 
 
 def on_text(count, seeds, **flags):
@@ -78,21 +86,22 @@ ROWS = {
     "lr-4e-4": tried("a learning rate of 4e-4", learning_rate=4e-4),
     "lr-6e-4": tried("a learning rate of 6e-4", learning_rate=6e-4),
     "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 3),
-    "classes-alone": ("labels alone (alpha 1)", {**CLASSES, "alpha": 1.0}, 5),
-    "classes-both": ("labels and teacher (alpha 0.5, T 4)", CLASSES, 5),
-    "classes-teacher-alone": ("teacher alone (alpha 0, T 2)", {**CLASSES, **TEACHER_ALONE}, 3),
-    "classes-text": (
-        "teacher alone (alpha 0, T 2) on 30,000 sentences",
-        {**CLASSES, **TEACHER_ALONE, **CLASSES_TEXT, "epochs": 1},
-        3,
-    ),
-    "classes-little": ("labels and teacher (alpha 0.1, T 2)", {**CLASSES, "alpha": 0.1, "temperature": 2.0}, 3),
+    "few-alone": ("labels alone (alpha 1)", {**FEW, "alpha": 1.0}, 5),
+    "few-patient": ("labels alone (alpha 1), 2,444 steps", {**FEW, "alpha": 1.0, "epochs": 13}, 3),
+    "few-both": ("labels and teacher (alpha 0.5, T 4)", FEW, 5),
+    "few-little": ("labels and teacher (alpha 0.1, T 2)", {**FEW, "alpha": 0.1, "temperature": 2.0}, 3),
+    "few-taught": ("teacher alone (alpha 0, T 2)", {**FEW, **TEACHER_ALONE}, 3),
+    "few-sentences": ("teacher alone (alpha 0, T 2) on 30,000 sentences", ON_SENTENCES, 3),
+    "few-more": ("teacher alone (alpha 0, T 2) on 41,165 descriptions", ON_DESCRIPTIONS, 5),
+    "all-alone": ("labels alone (alpha 1)", {**ALL, "alpha": 1.0}, 3),
+    "all-both": ("labels and teacher (alpha 0.5, T 4)", ALL, 3),
 }
 TABLES = {  # name -> (title, rows), of which the first is the control
     "quality": ("Students with and without the teacher", "alone some-teacher patient-alone patient-100k patient"),
     "demo": ("Candidates for the demo's flags", "demo demo-text-teacher"),  # both take about as long as the demo
     "tried": ("Other changes", "some-teacher some T-1 T-4 lr-1e-4 lr-4e-4 lr-6e-4 both alone"),
-    "classes": ("54 classes (Debian)", "classes-alone classes-both classes-teacher-alone classes-text classes-little"),
+    "classes": ("54 classes (Debian)", "few-alone few-patient few-both few-little few-taught few-sentences few-more"),
+    "classes-all": ("54 classes (Debian), all labels", "all-alone all-both"),
 }
 
 
@@ -115,10 +124,10 @@ def main():
 def write_table(args):
     """Make the runs of a table that are missing, and write its section."""
     title, names = TABLES[args.table]
-    classes = args.table == "classes"
+    folder = {"classes": FEW_TEACHER, "classes-all": ALL_TEACHER}.get(args.table, TEACHER)
+    classes = folder != TEACHER
     if classes:
         debian()
-    folder = CLASSES_TEACHER if classes else TEACHER
     fine_tuning = run(folder, TEACHERS[folder])
     teacher = answers(f"{folder}/teacher", classes)
     runs = make_runs(names.split(), classes, args)
@@ -129,19 +138,17 @@ def write_table(args):
     examples, versions = results["examples"], results["versions"]
     files = [f"{run['results']['student']['model']}/results.json" for own in runs.values() for run in own]
     date = datetime.date.fromtimestamp(max(map(os.path.getmtime, files)))
-    unseen, interval = "the test sentences", "a paired bootstrap over test sentences and seeds together"
-    if not classes:
-        unseen = f"{HELD_OUT:,} sentences of the demo's text that no student has seen"
-        interval = "Student's t, which covers the randomness of training, not that of the choice of test sentences"
+    unseen = "the test sentences" if classes else f"{HELD_OUT:,} sentences of the demo's text that no student has seen"
+    interval = "the same bootstrap, paired" if classes else "Student's t over seeds, the test sentences being given"
     report = f"""{distill.table(lines)}
 
 - Mean ± standard deviation over seeds. One teacher for all: {100 * fine_tuning["teacher"]["test_accuracy"]:.2f}% right
   on the {examples["test"]:,} test sentences, by eval accuracy the best of
   {fine_tuning["arguments"]["teacher_epochs"]} epochs.
-- Every row trains on the {examples["train"]:,} labeled sentences; those that it names, without labels, are added.
-- % of the teacher's: with its 95% interval, by a bootstrap over test sentences and seeds together.
+- Every row trains on the {examples["train"]:,} labeled sentences; what a row names is added without labels.
+- % of the teacher's: with its 95% interval by a bootstrap over test sentences and seeds together.
 - Agreement: the same answer as the teacher's, on {unseen}.
-- Against the first row: the mean difference between runs of the same seed and its 95% interval, by
+- Against the first row: the mean difference between runs of the same seed, with its 95% interval by
   {interval}.
 - {date}, {results["device"]}, {args.processes} runs at a time, {results["threads"]} CPU thread(s) each,
   {results["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
