@@ -102,8 +102,8 @@ def run(args, device, conditions):
     split = class_names = None
     if args.dataset_id:
         roles = {"train": args.train_split, "eval": args.eval_split}
-        source = (args.dataset_id, args.dataset_config)
-        splits, class_names = data.load_splits(*source, roles, args.text_columns, args.label_column)
+        source = (args.dataset_id, args.dataset_config, roles, args.text_columns, args.label_column)
+        splits, class_names = distill.from_rank0(lambda: data.load_splits(*source))
         split = splits["eval"]
     models = load_models(args, class_names)
     args.max_length = min(args.max_length, *(model.tokenizer.model_max_length for model in models))
@@ -497,13 +497,13 @@ def check_before_start(args, device):
     # torch emulates a precision that the hardware lacks, but slower than fp32: nobody would serve a model that way.
     native = {"fp32": True, "bf16": distill.multiplies_bf16(device)}
     native["fp16"] = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    lacking = ", ".join(precision for precision in args.precision if not native.get(precision))
+    lacking = [precision for precision in args.precision if not native.get(precision)]
     folder, card = Path(args.output).parent, Path(args.model_card or ".", "README.md")
     data.check(
         (args.device in ("auto", device.type), "--device cuda: torch sees no CUDA GPU here; use --device cpu"),
         (not args.onnx or device.type == "cpu", "--onnx measures on the CPU: add --device cpu"),
         (not args.onnx or all(packages), "--onnx needs packages: pip install onnx onnxscript onnxruntime"),
-        (not lacking, f"this {device.type} has no arithmetic in {lacking}: choose from {', '.join(DTYPES)}"),
+        (not lacking, f"this {device.type} has no arithmetic in {', '.join(lacking)}: choose from {', '.join(DTYPES)}"),
         (os.access(folder, os.W_OK), f"cannot write {args.output}: make its folder, or choose another --output"),
         (not args.model_card or card.is_file(), f"--model_card: there is no {card} to put the tables into"),
     )

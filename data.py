@@ -7,6 +7,7 @@ import contextlib
 import copy
 import csv
 import functools
+import glob
 import importlib.util
 import inspect
 import json
@@ -99,27 +100,28 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
     set's ClassLabel, else the training split's labels, sorted. Raises UserError: it cannot be read or trained on.
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
-    splits, class_names, known, seen = {}, None, None, None
+    splits, class_names, seen = {}, None, None
     for role, name in split_names.items():  # the training split comes first
-        if role == "eval" and name == "validation" and Path(dataset_id).expanduser().is_file():
+        if role == "eval" and name == "validation" and Path(os.path.expanduser(dataset_id)).is_file():
             splits |= hold_out(splits["train"])
             continue
         table, where = read_split(dataset_id, dataset_config, name)
         text_columns = text_columns or find_text_columns(table, label_column, where)
+        check((len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names"))
         texts, labels = select_texts(table, text_columns, where), read_labels(table, label_column, where)
         for column in text_columns:
             row = pc.index(matches(texts, column, r"[^\s\pC\pZ]"), False).as_py() + 1  # without a visible character
             check((not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row"))
         if class_names is None:
-            class_names, known = classes_of(labels, table.features[label_column], where)
-        row = pc.index(pc.is_in(labels, value_set=pa.array(seen or known)), False).as_py()
+            class_names = classes_of(labels, table.features[label_column], where)
+        row = pc.index(pc.is_in(labels, value_set=pa.array(seen or class_names)), False).as_py()
         if row >= 0:
             hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
             found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
-            raise UserError(f"{found}, does not occur in training: {', '.join(seen or known)}")
-        seen = seen or sorted(pc.unique(labels).to_pylist(), key=known.index)
+            raise UserError(f"{found}, does not occur in training: {', '.join(seen or class_names)}")
+        seen = seen or sorted(pc.unique(labels).to_pylist(), key=class_names.index)
         check((len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes"))
-        splits[role] = Split(texts, torch.tensor(pc.index_in(labels, pa.array(known)).to_pylist()))
+        splits[role] = Split(texts, torch.tensor(pc.index_in(labels, pa.array(class_names)).to_pylist()))
     check_scored(splits, split_names, class_names)
     return splits, class_names
 
@@ -166,7 +168,9 @@ def select_texts(table, names, where):
 def read_labels(table, label_column, where):
     """The labels as a pyarrow array of strings, without blanks around them. Whole numbers may be stored as floats."""
     check((label_column in table.column_names, no_column(label_column, table, where)))
-    labels = column_of(table, label_column)
+    labels, feature = column_of(table, label_column), table.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
+        labels = pa.array(["-1", *feature.names]).take(pc.add(labels, 1))
     if pa.types.is_floating(labels.type):
         try:
             labels = labels.cast(pa.int64())
@@ -187,17 +191,17 @@ def column_of(table, name):
 
 
 def classes_of(labels, feature, where):
-    """The class names, and the labels that stand for them: a ClassLabel's numbers, else the names themselves."""
+    """The class names in order: a ClassLabel's own, else numbers by size and other names by alphabet."""
     if isinstance(feature, datasets.ClassLabel):
-        return feature.names, [str(number) for number in range(len(feature.names))]
+        return [name.strip() for name in feature.names]
     names = sorted(pc.unique(labels).to_pylist())
-    if all(re.fullmatch(r"-?\d+", name) for name in names):
-        names.sort(key=int)  # 2 before 10
+    if all(re.fullmatch(r"-?\d+(\.0*)?", name) for name in names):
+        names.sort(key=float)  # 2 before 10
     folded = {}
     for name in names:
         twin = folded.setdefault(name.casefold(), name)
         check((twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike"))
-    return names, names
+    return names
 
 
 def hold_out(split):
@@ -273,6 +277,8 @@ def normalize(text):
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
+SAME_NAME = "two columns have the same name: rename one"
+
 # A folder's files are found exactly by these names: train_old.csv is none of them.
 SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
 
@@ -283,7 +289,7 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     Returns (table, where): a datasets.Dataset, and the words that error messages name it with.
     """
     name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
-    path = Path(dataset_id).expanduser()
+    path = Path(os.path.expanduser(dataset_id))
     file = None if dataset_id == "demo" else find_file(path, dataset_id, name)
     if file:
         check(
@@ -296,8 +302,9 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     try:
         if dataset_id == "demo":
             table = take(read_demo(flag), split_name)
-        elif file is None and (path / "state.json").is_file():
-            table = take({"train": datasets.load_from_disk(path)}, split_name)  # a Dataset of save_to_disk()
+        elif file is None and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)  # load_dataset() would also read what map() has cached there
+            table = take(saved if isinstance(saved, dict) else {"train": saved}, split_name)
         elif file is None:
             table = datasets.load_dataset(os.path.expanduser(dataset_id), dataset_config, split=split_name)
             # It would take "null" for nothing, "01" for 1, and drop a column where a text holds a comma.
@@ -309,8 +316,11 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
             if loader != "parquet":
                 check((not (line := bad_line(file, bytes.decode)), f"line {line} is not UTF-8: save the file as UTF-8"))
             encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
-            table = datasets.load_dataset(loader, data_files={name: str(file)}, split=split_name, **encoding)
-        table = table.rename_columns({name: name.strip() for name in table.column_names if name != name.strip()})
+            files = {name: glob.escape(str(file))}
+            table = datasets.load_dataset(loader, data_files=files, split=split_name, **encoding)
+        names = [name.strip() for name in table.column_names]
+        check((len(set(names)) == len(names), SAME_NAME))
+        table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
         cause = error
         while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
@@ -359,7 +369,8 @@ def read_csv(file):
     mark is a character like any other.
     """
     tsv, rows = file.suffix.lower() == ".tsv", []
-    quoting = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True}  # else a lone quotation mark swallows rows
+    # Strict, since else a lone quotation mark swallows rows.
+    quoting = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
     csv.field_size_limit(2**31 - 1)
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         header = lines.readline()
@@ -376,7 +387,7 @@ def read_csv(file):
             counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
             raise UserError(f"{counts}: put quotes around texts that hold a '{separator}'")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
-    check((len(set(names)) == len(names), "two columns have the same name: rename one"))
+    check((len(set(names)) == len(names), SAME_NAME))
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
 

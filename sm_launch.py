@@ -66,6 +66,8 @@ def hyperparameters_of(config, args):
     for name, value in asdict(config).items():
         if value not in (None, getattr(defaults, name)):
             given[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    if "dataset_id" in given and config.dataset_config:  # by default sst2, which another data set may have, too
+        given["dataset_config"] = config.dataset_config
     if args.train_data and not config.dataset_id.startswith(TRAINING):
         check(("dataset_id" not in given, "--train_data and --dataset_id name two data sets: leave one of them out"))
         given["dataset_id"] = TRAINING

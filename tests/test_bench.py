@@ -579,6 +579,8 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, t
     assert "--batch_sizes" in fails(*small, "--batch_sizes", "1,x")
     monkeypatch.setattr(distill, "multiplies_bf16", lambda device: False)
     assert "this cpu has no arithmetic in bf16" in fails(*small, "--precision", "fp32,bf16")
+    assert "this cpu has no arithmetic in : choose from" in fails(*small, "--precision", "fp32,")
+    assert "File name too long" in fails(*small, "--dataset_id", "x" * 300)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "GPU" in fails(*small, "--device", "cuda")
     assert not Path("bench.json").exists()

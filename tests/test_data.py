@@ -100,18 +100,15 @@ def test_class_names_are_sorted(write_csv):
 
 
 def test_class_label_names(tmp_path):
-    features = datasets.Features(
-        {
-            "sentence": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["pos", "neg"]),
-            "idx": datasets.Value("int32"),
-        }
-    )
-    for split in ("train", "validation"):
+    """The training split gives their order; another split may number them differently."""
+    for split, names in (("train", ["pos", "neg"]), ("validation", ["neg", "pos"])):
+        features = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        features = datasets.Features({**features, "idx": datasets.Value("int32")})
         table = datasets.Dataset.from_dict({"sentence": ["x", "y"], "label": [1, 0], "idx": [0, 1]}, features=features)
         table.to_parquet(tmp_path / "glue" / f"{split}.parquet")
     splits, names = data.load_splits(str(tmp_path / "glue"))
-    assert names == ["pos", "neg"] and splits["eval"].labels.tolist() == [1, 0]
+    assert names == ["pos", "neg"] and splits["train"].labels.tolist() == [1, 0]
+    assert splits["eval"].labels.tolist() == [0, 1]
     assert splits["train"].texts.column_names == ["sentence"]
 
 
@@ -181,6 +178,30 @@ def test_blanks_around_labels_and_column_names(write, tmp_path):
     )
     pq.write_table(pa.table({"text ": ["a", "b"], " label": [0, 1]}), tmp_path / "a.parquet")
     assert read(str(tmp_path / "a.parquet")) == (["a", "b"], ["0", "1"])
+    pq.write_table(pa.table({"text ": ["a", "b"], " text": ["c", "d"], "label": [0, 1]}), tmp_path / "a.parquet")
+    assert "two columns have the same name" in refusal(str(tmp_path / "a.parquet"))
+
+
+def test_a_files_name_is_no_pattern(write):
+    for text, name in (("other", "reviews1.jsonl"), ("this", "reviews[1].jsonl")):
+        path = write(name, f'{{"text": "{text}", "label": 0}}\n{{"text": "{text} too", "label": 1}}\n')
+    assert read(path)[0] == ["this", "this too"]
+
+
+def test_numbers_are_classes_by_size(write_csv):
+    """pandas writes integers as floats where one was missing."""
+    numbers = [f"{n}.0" for n in range(12)]
+    assert data.load_splits(write_csv("a.csv", [(f"x{n}", n) for n in numbers]), split_names=TRAIN)[1] == numbers
+
+
+def test_saved_data_sets_are_read_without_what_lies_beside_them(tmp_path):
+    table, path = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}), str(tmp_path / "saved")
+    datasets.DatasetDict({"train": table}).save_to_disk(path)
+    mapped = datasets.load_from_disk(path)["train"].map(lambda row: {"text": row["text"] + "!"})  # leaves a cache there
+    assert list((tmp_path / "saved").rglob("cache-*.arrow")) and read(path) == (["a", "b"], ["0", "1"])
+    mapped.set_format("torch", columns=["label"])
+    mapped.save_to_disk(tmp_path / "formatted")
+    assert read(str(tmp_path / "formatted")) == (["a!", "b!"], ["0", "1"])
 
 
 EXCEL = b'\xef\xbb\xbflabel;text\r\n1;"gut; sehr ""gut""\r\nwirklich"\r\n0;schlecht, sehr\r\n'
@@ -194,6 +215,7 @@ EXCEL = b'\xef\xbb\xbflabel;text\r\n1;"gut; sehr ""gut""\r\nwirklich"\r\n0;schle
         ("tabs.csv", 'text\tlabel\n"a, ""b"""\t1\nc, d\t0\n', ['a, "b"', "c, d"]),
         ("mac.csv", "text,label\rfine,1\rbad,0\r", ["fine", "bad"]),
         ("blank.csv", "text,label\n\nfine,1\n\n\nbad,0\n", ["fine", "bad"]),
+        ("spaces.csv", 'label, text\n1, "fine, film"\n0, "bad"\n', ["fine, film", "bad"]),
         ("trailing.csv", "text,label,,\nfine,1,,\nbad,0,,\n", ["fine", "bad"]),
         ("nul.csv", "text,label\nfi\0ne,1\nbad,0\n", ["fi\0ne", "bad"]),
         ("long.csv", f"text,label\n{'x ' * 700_000},1\nbad,0\n", ["x " * 700_000, "bad"]),
@@ -459,7 +481,7 @@ def test_refuses_classes_that_only_eval_has(tmp_path):
     for split, labels in (("train", [0, 1]), ("validation", [0, 2])):
         table = datasets.Dataset.from_dict({"text": ["x", "y"], "label": labels}, features=features)
         table.to_parquet(tmp_path / "set" / f"{split}.parquet")
-    assert re.search(r"label '2' .*row 2, does not occur in training: 0, 1$", refusal(str(tmp_path / "set")))
+    assert re.search(r"label 'c' .*row 2, does not occur in training: a, b$", refusal(str(tmp_path / "set")))
 
 
 def test_refuses_what_it_cannot_find(write_csv, tmp_path):
@@ -468,7 +490,10 @@ def test_refuses_what_it_cannot_find(write_csv, tmp_path):
         ((str(tmp_path / "nowhere.csv"),), "no such file or folder"),
         (("./nowhere",), "no such file or folder"),
         ((path, None, {"train": "train[:x]"}), "check --dataset_id"),
+        (("~nobody/good.csv",), "no such file or folder"),
         ((path, None, TRAIN, ("body",)), "no column 'body'"),
+        ((path, None, TRAIN, ("text", "text")), "--text_columns: one or two"),
+        ((path, None, TRAIN, ("text", "label", "body")), "--text_columns: one or two"),
         ((path, None, TRAIN, None, "stars"), "no column 'stars'.*--label_column"),
     ]:
         assert re.search(message, refusal(*arguments))

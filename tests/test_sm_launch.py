@@ -201,6 +201,8 @@ def test_the_job_reads_the_flags_as_given(aws):
 
 def test_another_data_set_needs_no_configuration():
     assert hyperparameters_of("-- --dataset_id imdb") == {"dataset_id": "imdb"}  # not sst2, and not the word None
+    given = {"dataset_id": "SetFit/glue", "dataset_config": "sst2"}
+    assert hyperparameters_of("-- --dataset_id SetFit/glue --dataset_config sst2") == given
 
 
 def test_train_data_may_hold_more_than_the_data_set():
