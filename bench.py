@@ -103,7 +103,7 @@ def run(args, device, conditions):
     if args.dataset_id:
         roles = {"train": args.train_split, "eval": args.eval_split}
         source = (args.dataset_id, args.dataset_config, roles, args.text_columns, args.label_column)
-        splits, class_names = distill.from_rank0(lambda: data.load_splits(*source))
+        splits, class_names = distill.from_rank0(lambda: data.load_splits(*source))  # a file's errors become a line
         split = splits["eval"]
     models = load_models(args, class_names)
     args.max_length = min(args.max_length, *(model.tokenizer.model_max_length for model in models))

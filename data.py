@@ -102,7 +102,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
     split_names = split_names or {"train": "train", "eval": "validation"}
     splits, class_names, seen = {}, None, None
     for role, name in split_names.items():  # the training split comes first
-        if role == "eval" and name == "validation" and Path(os.path.expanduser(dataset_id)).is_file():
+        if role == "eval" and name == "validation" and os.path.isfile(os.path.expanduser(dataset_id)):
             splits |= hold_out(splits["train"])
             continue
         table, where = read_split(dataset_id, dataset_config, name)
@@ -302,7 +302,7 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     try:
         if dataset_id == "demo":
             table = take(read_demo(flag), split_name)
-        elif file is None and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        elif file is None and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)  # load_dataset() would also read what map() has cached there
             table = take(saved if isinstance(saved, dict) else {"train": saved}, split_name)
         elif file is None:
@@ -318,7 +318,7 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
             encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
             files = {name: glob.escape(str(file))}
             table = datasets.load_dataset(loader, data_files=files, split=split_name, **encoding)
-        names = [name.strip() for name in table.column_names]
+        names = [column.strip() for column in table.column_names]
         check((len(set(names)) == len(names), SAME_NAME))
         table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
@@ -476,7 +476,7 @@ class Tokens:
         """
         lengths = self.lengths[rows]
         if self.device.type == "cuda":
-            rows = rows.contiguous().pin_memory()  # a contiguous transfer from pinned memory does not stall the host
+            rows = rows.contiguous().pin_memory()  # a rank's are strided; then the host need not wait for the transfer
         rows = rows.to(self.device, non_blocking=True)
         longest = int(lengths.max())
         padded = int(lengths.min()) < longest

@@ -485,9 +485,8 @@ def read_task(args):
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
 
-    teacher, teacher_tokenizer = data.load_model(
-        args.teacher_id, class_names if args.teacher_epochs else None, args.seed
-    )
+    new_classes = class_names if args.teacher_epochs else None
+    teacher, teacher_tokenizer = data.load_model(args.teacher_id, new_classes, args.seed)
     if not args.teacher_epochs:  # it is finished: its classes must be the data set's, in whatever order
         class_names = data.adopt_classes(teacher, class_names, splits)
     student_id = args.teacher_id if args.student_id == "teacher" else args.student_id
@@ -903,8 +902,7 @@ def read(path):
 
 def save_model(folder, model, tokenizer):
     """Save a classifier as transformers does, but replace files only by complete ones."""
-    folder = Path(folder)
-    temporary = folder / ".saving"
+    folder, temporary = Path(folder), Path(folder, ".saving")
     with writing(folder / "model.safetensors"):
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
@@ -938,8 +936,11 @@ def process_group(device):
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted: the same command continues from the last checkpoint", code=130)
-    except Exception as error:
-        leave_alone(error, dist.get_world_size())
+    except Exception:
+        if dist.get_world_size() > 1:
+            # Only this rank has failed. An orderly exit waits for the others, who wait for it; torchrun ends them.
+            traceback.print_exc()
+            os._exit(1)
         raise
     finally:
         if dist.is_initialized():
@@ -954,24 +955,11 @@ def alone():
     dist.group.WORLD, _ = dist.new_subgroups(group_size=1, backend="gloo")
     try:
         yield ranks
-    except Exception as error:
-        leave_alone(error, ranks[1])
-        raise
-    dist.group.WORLD = everyone
+    except UserError as error:  # of this process, which prints it as a group of its own
+        fail(error, leave=os._exit if ranks[1] > 1 else sys.exit)
+    finally:
+        dist.group.WORLD = everyone
     dist.barrier(meeting)
-
-
-def leave_alone(error, world_size):
-    """End a process that has failed alone, if there are others; torchrun ends these once it is gone.
-
-    An orderly exit would have NCCL wait for them, who wait for this process.
-    """
-    if world_size > 1:
-        if isinstance(error, UserError):
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-            os._exit(2)
-        traceback.print_exc()
-        os._exit(1)
 
 
 def from_rank0(make, timeout=None):
@@ -1006,11 +994,11 @@ def say(message):
         sys.stdout.flush()
 
 
-def fail(message, code=2):
+def fail(message, code=2, leave=sys.exit):
     """End the program with an error that the user can fix: one line from rank 0, the exit code from every rank."""
     if on_main_rank():
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(code)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    leave(code)
 
 
 def progress_bar(total, title):
@@ -1078,7 +1066,6 @@ def quiet_libraries():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parsing the flags, checks before the start, main
-
 
 RULES = {"at_least": operator.ge, "above": lambda value, bound: bound < value < math.inf, "at_most": operator.le}
 

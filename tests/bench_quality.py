@@ -45,15 +45,15 @@ PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
 TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
 # 54 classes, few labels or all. By eval: the teachers' epoch and rate (over 6e-4, two epochs of few labels); the
 # students' rate (over 2e-4, with 6,000 labels).
-FEW, ALL = ({"dataset_id": CLASSES_DATA, "train_split": split} for split in ("train[:12000]", "train"))
+FEW_LABELS, ALL_LABELS = ({"dataset_id": CLASSES_DATA, "train_split": split} for split in ("train[:12000]", "train"))
 FINE_TUNING = {"teacher_learning_rate": 3e-4, "save_steps": 100, "epochs": 1, "alpha": 1.0, "student_layers": 1}
 TEACHERS = {  # folder -> flags of the run that leaves it
     TEACHER: {"epochs": 1},
-    FEW_TEACHER: {**FEW, **FINE_TUNING, "teacher_epochs": 8},
-    ALL_TEACHER: {**ALL, **FINE_TUNING, "teacher_epochs": 4},
+    FEW_TEACHER: {**FEW_LABELS, **FINE_TUNING, "teacher_epochs": 8},
+    ALL_TEACHER: {**ALL_LABELS, **FINE_TUNING, "teacher_epochs": 4},
 }
-FEW |= {"teacher_id": f"{FEW_TEACHER}/teacher", "epochs": 3, "learning_rate": 4e-4}
-ALL = {**FEW, **ALL, "teacher_id": f"{ALL_TEACHER}/teacher"}
+FEW = {**FEW_LABELS, "teacher_id": f"{FEW_TEACHER}/teacher", "epochs": 3, "learning_rate": 4e-4}
+ALL = {**FEW, **ALL_LABELS, "teacher_id": f"{ALL_TEACHER}/teacher"}
 ON_DESCRIPTIONS = {**FEW, **TEACHER_ALONE, "unlabeled_id": CLASSES_DATA, "unlabeled_split": "train[12000:]"}
 ON_SENTENCES = {**FEW, **TEACHER_ALONE, "epochs": 1}
 ON_SENTENCES |= {"unlabeled_id": f"{CLASSES_DATA}/sentences.txt", "unlabeled_split": "train[:30000]"}

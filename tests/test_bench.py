@@ -208,8 +208,9 @@ def test_a_single_file_is_scored_on_the_tenth_that_distill_held_out(run, write_c
     path, load_splits, held_out = write_csv("reviews.csv", reviews[:100]), data.load_splits, []
 
     def recording_load_splits(*args):
-        held_out.append(load_splits(*args)[0]["eval"].texts[:])
-        return load_splits(*args)
+        splits, class_names = load_splits(*args)
+        held_out.append(splits["eval"].texts[:])
+        return splits, class_names
 
     monkeypatch.setattr(data, "load_splits", recording_load_splits)
     models = ["--teacher_id", save_tiny("teacher"), "--student_id", save_tiny("student"), "--dataset_id", path]
