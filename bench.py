@@ -75,13 +75,13 @@ class Config:
         self.lengths = self.lengths or (["real"] if self.dataset_id else []) + ["16", "64", "128"]
         models = [self.teacher_id, *self.student_id]
         numbers = [size for size in self.lengths if size != "real"]
+        data.check(self.teacher_id, "no model is named: give --teacher_id and --student_id, or use --demo")
+        data.check(len(set(models)) == len(models), "--student_id: a model is named twice")
         data.check(
-            (self.teacher_id, "no model is named: give --teacher_id and --student_id, or use --demo"),
-            (len(set(models)) == len(models), "--student_id: a model is named twice"),
-            (all(size.isdecimal() and int(size) >= 1 for size in self.batch_sizes), "--batch_sizes: numbers from 1"),
-            (all(size.isdecimal() and int(size) >= 3 for size in numbers), "--lengths: numbers from 3, or 'real'"),
-            (self.dataset_id or numbers == self.lengths, "--lengths real needs a data set: give --dataset_id"),
+            all(size.isdecimal() and int(size) >= 1 for size in self.batch_sizes), "--batch_sizes: numbers from 1"
         )
+        data.check(all(size.isdecimal() and int(size) >= 3 for size in numbers), "--lengths: numbers from 3, or 'real'")
+        data.check(self.dataset_id or numbers == self.lengths, "--lengths real needs a data set: give --dataset_id")
         self.batch_sizes = [int(size) for size in self.batch_sizes]
         self.lengths = [size if size == "real" else int(size) for size in self.lengths]
 
@@ -162,9 +162,9 @@ def load_models(args, class_names):
         names, wanted, limit = ", ".join(own_names), ", ".join(class_names), tokenizer.model_max_length
         longest = max(size for size in (3, *args.lengths) if size != "real")
         data.check(
-            (order, f"{name} has the classes {names}, not {wanted}: leave it out, or rename them in its config.json"),
-            (longest <= limit, f"--lengths {longest}: {name} reads {limit} tokens at most"),
+            order, f"{name} has the classes {names}, not {wanted}: leave it out, or rename them in its config.json"
         )
+        data.check(longest <= limit, f"--lengths {longest}: {name} reads {limit} tokens at most")
         figures = {"parameters": network.num_parameters()}
         figures["without_embeddings"] = network.num_parameters(exclude_embeddings=True)
         models.append(Variant(name, tokenizer, order, network, figures=figures))
@@ -195,7 +195,7 @@ def text_batches(split, batch_size, size):
     """The texts of one cell of the grid: a list of batches, each a list of one or two columns of strings."""
     if size != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `size`
         return [[[" ".join(map(str, range(size)))] * batch_size]]
-    data.check((batch_size <= len(split), f"--batch_sizes {batch_size}: the split has only {len(split)} examples"))
+    data.check(batch_size <= len(split), f"--batch_sizes {batch_size}: the split has only {len(split)} examples")
     rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, batch_size)]
     return [list(split.texts[part.tolist()].values()) for part in rows.split(batch_size) if len(part) == batch_size]
 
@@ -461,7 +461,7 @@ def export(model, folder, args):
         for size in (1, 8):
             inputs = encode(model.tokenizer, [texts[:size]], args.max_length)
             difference = (model.network(**inputs).logits - network(**inputs)).abs().max().item()
-            data.check((difference <= TOLERANCE, f"{model.name}: in ONNX its logits differ by {difference:.2g}"))
+            data.check(difference <= TOLERANCE, f"{model.name}: in ONNX its logits differ by {difference:.2g}")
         # int8 are the weights of matrix products and embeddings. A scale for each column costs nothing and more than
         # halves the error. Seven bits: with eight, CPUs without VNNI instructions overflow in the sums of two products.
         quantize_dynamic(fp32, int8, per_channel=True, reduce_range=True)
@@ -499,14 +499,14 @@ def check_before_start(args, device):
     native["fp16"] = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
     lacking = [precision for precision in args.precision if not native.get(precision)]
     folder, card = Path(args.output).parent, Path(args.model_card or ".", "README.md")
+    data.check(args.device in ("auto", device.type), "--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    data.check(not args.onnx or device.type == "cpu", "--onnx measures on the CPU: add --device cpu")
+    data.check(not args.onnx or all(packages), "--onnx needs packages: pip install onnx onnxscript onnxruntime")
     data.check(
-        (args.device in ("auto", device.type), "--device cuda: torch sees no CUDA GPU here; use --device cpu"),
-        (not args.onnx or device.type == "cpu", "--onnx measures on the CPU: add --device cpu"),
-        (not args.onnx or all(packages), "--onnx needs packages: pip install onnx onnxscript onnxruntime"),
-        (not lacking, f"this {device.type} has no arithmetic in {', '.join(lacking)}: choose from {', '.join(DTYPES)}"),
-        (os.access(folder, os.W_OK), f"cannot write {args.output}: make its folder, or choose another --output"),
-        (not args.model_card or card.is_file(), f"--model_card: there is no {card} to put the tables into"),
+        not lacking, f"this {device.type} has no arithmetic in {', '.join(lacking)}: choose from {', '.join(DTYPES)}"
     )
+    data.check(os.access(folder, os.W_OK), f"cannot write {args.output}: make its folder, or choose another --output")
+    data.check(not args.model_card or card.is_file(), f"--model_card: there is no {card} to put the tables into")
 
 
 def main(argv=None):

@@ -33,15 +33,14 @@ class UserError(Exception):
     """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
-def check(*rows):
-    """Raise UserError with the message of the first row, (condition, message), whose condition is false."""
-    for condition, message in rows:
-        if not condition:
-            raise UserError(message)
+def check(condition, message):
+    """Raise UserError with the message if the condition is false."""
+    if not condition:
+        raise UserError(message)
 
 
 @contextlib.contextmanager
-def told_as(message, only=Exception):
+def as_user_error(message, only=Exception):
     """Errors here become one line, the message and the reason: all, or those of files alone (only=OSError)."""
     try:
         yield
@@ -54,7 +53,7 @@ def told_as(message, only=Exception):
 
 
 def writing(path):
-    return told_as(f"cannot write {path}, fix that and repeat the command to continue", only=OSError)
+    return as_user_error(f"cannot write {path}, fix that and repeat the command to continue", only=OSError)
 
 
 def one_line(error):
@@ -107,11 +106,11 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
             continue
         table, where = read_split(dataset_id, dataset_config, name)
         text_columns = text_columns or find_text_columns(table, label_column, where)
-        check((len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names"))
+        check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
         texts, labels = select_texts(table, text_columns, where), read_labels(table, label_column, where)
         for column in text_columns:
             row = pc.index(matches(texts, column, r"[^\s\pC\pZ]"), False).as_py() + 1  # without a visible character
-            check((not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row"))
+            check(not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row")
         if class_names is None:
             class_names = classes_of(labels, table.features[label_column], where)
         row = pc.index(pc.is_in(labels, value_set=pa.array(seen or class_names)), False).as_py()
@@ -120,7 +119,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
             found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
             raise UserError(f"{found}, does not occur in training: {', '.join(seen or class_names)}")
         seen = seen or sorted(pc.unique(labels).to_pylist(), key=class_names.index)
-        check((len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes"))
+        check(len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes")
         splits[role] = Split(texts, torch.tensor(pc.index_in(labels, pa.array(class_names)).to_pylist()))
     check_scored(splits, split_names, class_names)
     return splits, class_names
@@ -138,7 +137,7 @@ def find_text_columns(table, label_column, where):
         if set(names) <= set(others):
             return list(names)
     found = prose(table, others)
-    check((len(found) == 1, no_column("text", table, where)))
+    check(len(found) == 1, no_column("text", table, where))
     return found
 
 
@@ -159,15 +158,15 @@ def is_text(feature):
 def select_texts(table, names, where):
     """The text columns alone. Raises UserError for one that is missing, or holds something else."""
     for name in names:
-        check((name in table.column_names, no_column(name, table, where)))
+        check(name in table.column_names, no_column(name, table, where))
         kind = getattr(table.features[name], "dtype", table.features[name])
-        check((is_text(table.features[name]), f"column '{name}' in {where} holds {kind}, not text: use --text_columns"))
+        check(is_text(table.features[name]), f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
     return table.select_columns(list(names))
 
 
 def read_labels(table, label_column, where):
     """The labels as a pyarrow array of strings, without blanks around them. Whole numbers may be stored as floats."""
-    check((label_column in table.column_names, no_column(label_column, table, where)))
+    check(label_column in table.column_names, no_column(label_column, table, where))
     labels, feature = column_of(table, label_column), table.features[label_column]
     if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
         labels = pa.array(["-1", *feature.names]).take(pc.add(labels, 1))
@@ -178,10 +177,10 @@ def read_labels(table, label_column, where):
             raise UserError(f"the labels in {where} are floats: this trains classifiers, not regression") from None
     classes = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     fits = any(test(labels.type) for test in classes) or len(labels) == labels.null_count
-    check((fits, f"the labels in {where} are {labels.type}, not integers or strings: use --label_column"))
+    check(fits, f"the labels in {where} are {labels.type}, not integers or strings: use --label_column")
     labels = pc.fill_null(pc.utf8_trim_whitespace(labels.cast(pa.string())), "")
     row = pc.index(labels, "").as_py() + 1
-    check((not row, f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row"))
+    check(not row, f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
     return labels
 
 
@@ -200,7 +199,7 @@ def classes_of(labels, feature, where):
     folded = {}
     for name in names:
         twin = folded.setdefault(name.casefold(), name)
-        check((twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike"))
+        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike")
     return names
 
 
@@ -211,7 +210,7 @@ def hold_out(split):
         rows = generator.permutation(np.flatnonzero(split.labels == label))
         drawn.extend(rows[: round(len(rows) / 10)])
     enough = len(split.labels[drawn].unique()) > 1
-    check((enough, "too few examples to hold out a tenth of each class: give a validation split, see --eval_split"))
+    check(enough, "too few examples to hold out a tenth of each class: give a validation split, see --eval_split")
     print(f"a tenth of each class, {len(drawn):,} examples, is held out as eval split")
     rows = {"train": np.setdiff1d(np.arange(len(split)), drawn), "eval": np.sort(drawn)}
     return {role: Split(split.texts.select(rows[role]), split.labels[rows[role]]) for role in rows}
@@ -225,10 +224,11 @@ def check_scored(splits, split_names, class_names):
     for role in keys:
         where, classes = f"split '{split_names[role]}'", splits[role].labels.unique()
         only = class_names[classes[0]]
-        check((len(classes) > 1, f"every label in {where} is '{only}': shuffle the file before it is cut into splits"))
+        check(len(classes) > 1, f"every label in {where} is '{only}': shuffle the file before it is cut into splits")
         if 2 * len(classes) <= len(class_names):
             print(f"warning: {where} has examples of only {len(classes)} of the {len(class_names)} classes")
-        if copies := sum(key in learned for key in keys[role]):
+        copies = sum(key in learned for key in keys[role])
+        if copies:
             print(f"warning: {copies:,} of the {len(keys[role]):,} texts in {where} are in the training split too")
 
 
@@ -253,7 +253,7 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
             left_out["also in eval or test"] += 1
         else:
             kept.append(row)
-    check((kept, f"no text is left of {where}"))
+    check(kept, f"no text is left of {where}")
     texts, features = texts.select(kept), splits["train"].texts.features
     return texts if texts.features == features else texts.cast(features), left_out
 
@@ -292,11 +292,9 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     path = Path(os.path.expanduser(dataset_id))
     file = None if dataset_id == "demo" else find_file(path, dataset_id, name)
     if file:
-        check(
-            (not dataset_config, f"{file} is a file and has no configurations: leave out --{flag}_config"),
-            (file.stat().st_size, f"{file} is empty"),
-            (not is_pointer(file), f"{file} is a pointer of Git LFS: run git lfs pull"),
-        )
+        check(not dataset_config, f"{file} is a file and has no configurations: leave out --{flag}_config")
+        check(file.stat().st_size, f"{file} is empty")
+        check(not is_pointer(file), f"{file} is a pointer of Git LFS: run git lfs pull")
     loader = file and FORMATS[file.suffix.lower()]
     where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
     try:
@@ -309,17 +307,17 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
             table = datasets.load_dataset(os.path.expanduser(dataset_id), dataset_config, split=split_name)
             # It would take "null" for nothing, "01" for 1, and drop a column where a text holds a comma.
             guessed = path.is_dir() and table.info.builder_name == "csv"
-            check((not guessed, "its csv files are found by the name of the split, such as train.csv: rename them"))
+            check(not guessed, "its csv files are found by the name of the split, such as train.csv: rename them")
         elif loader == "csv":
             table = take({name: datasets.Dataset(read_csv(file))}, split_name)
         else:
             if loader != "parquet":
-                check((not (line := bad_line(file, bytes.decode)), f"line {line} is not UTF-8: save the file as UTF-8"))
+                check(not (line := bad_line(file, bytes.decode)), f"line {line} is not UTF-8: save the file as UTF-8")
             encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
             files = {name: glob.escape(str(file))}
             table = datasets.load_dataset(loader, data_files=files, split=split_name, **encoding)
         names = [column.strip() for column in table.column_names]
-        check((len(set(names)) == len(names), SAME_NAME))
+        check(len(set(names)) == len(names), SAME_NAME)
         table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
         cause = error
@@ -336,29 +334,27 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
             cause, hint = f"line {line} is not JSON", ""
         reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts JSON's from 0, and anew in every 10 MB
         raise UserError(f"cannot read {where}: {reason}{hint}") from error
-    check((len(table), f"{where} has no data"))
+    check(len(table), f"{where} has no data")
     return table, where
 
 
 def find_file(path, dataset_id, name):
     """The local file that holds a split; None for a Hub id, and for a folder laid out as on the Hub."""
     if path.is_file():
-        check(
-            (path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}"),
-            (name == "train", f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'"),
-        )
+        check(path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}")
+        check(name == "train", f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'")
         return path
     local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
-    check((path.is_dir() or not local, f"no such file or folder: {dataset_id}"))
+    check(path.is_dir() or not local, f"no such file or folder: {dataset_id}")
     files = [file for file in sorted(path.glob("*")) if file.suffix.lower() in FORMATS and file.is_file()]
     for stem in SPLIT_FILES.get(name, [name]):
         found = [file for file in files if file.stem.lower() == stem]
-        check((len(found) < 2, f"{path} holds the split '{name}' more than once: {', '.join(map(str, found))}"))
+        check(len(found) < 2, f"{path} holds the split '{name}' more than once: {', '.join(map(str, found))}")
         if found:
             return found[0]
     known = {file.stem.lower() for file in files} & set(chain.from_iterable(SPLIT_FILES.values()))
     others = f"only of {', '.join(sorted(known))}: see --eval_split, and cut one, as in 'train[:90%]'"
-    check((not known, f"{path} has no file of the split '{name}', {others}"))
+    check(not known, f"{path} has no file of the split '{name}', {others}")
     return None
 
 
@@ -387,7 +383,7 @@ def read_csv(file):
             counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
             raise UserError(f"{counts}: put quotes around texts that hold a '{separator}'")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
-    check((len(set(names)) == len(names), SAME_NAME))
+    check(len(set(names)) == len(names), SAME_NAME)
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
 
@@ -540,7 +536,7 @@ def load_model(model_id, classes=None, seed=0):
     folder = demo_model() if model_id == "demo" else os.path.expanduser(model_id)
     here = os.path.isdir(folder)
     missing = f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run"
-    check((here or not folder.startswith((".", "/")), missing))
+    check(here or not folder.startswith((".", "/")), missing)
     try:
         config = load_config(folder)
         own = config.id2label
@@ -598,11 +594,9 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     # Without a vocabulary file transformers makes up a tokenizer that knows only [UNK] and other special tokens.
     known = len(tokenizer) > len(tokenizer.all_special_ids) and tokenizer.pad_token_id is not None
     fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
-    check(
-        (not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}"),
-        (known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token"),
-        (fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together"),
-    )
+    check(not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}")
+    check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token")
+    check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
     lost = sorted(name for name in report["missing_keys"] if not classes or name.startswith(encoder))
     if lost:
         names = ", ".join([*lost[:3], "…"] if len(lost) > 3 else lost)
@@ -621,7 +615,7 @@ def longest_input(model):
 def keep_layers(model, count):
     """A copy of the model with `count` of its layers, evenly spaced: of 6 layers, 2 are the third and the last."""
     config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
-    check((count <= total, f"--student_layers {count}: the model has only {total} layers"))
+    check(count <= total, f"--student_layers {count}: the model has only {total} layers")
     kept = [(i + 1) * total // count - 1 for i in range(count)]
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
@@ -642,7 +636,7 @@ def class_names(config):
     """A model's own class names, in the order of its outputs."""
     names = [config.id2label.get(output) for output in range(config.num_labels)]
     found = ", ".join(map(str, config.id2label))
-    check((None not in names, f"id2label in config.json of {config.name_or_path} must begin with 0, not be {found}"))
+    check(None not in names, f"id2label in config.json of {config.name_or_path} must begin with 0, not be {found}")
     return names
 
 
@@ -652,7 +646,7 @@ def adopt_classes(teacher, data_names, splits):
     order = match_classes(names, data_names)
     theirs, ours = ", ".join(names), ", ".join(data_names)
     todo = "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
-    check((order is not None, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}"))
+    check(order is not None, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}")
     for split in splits.values():
         split.labels = torch.tensor(order)[split.labels]
     if sorted(order) == order and theirs.casefold() != ours.casefold():
@@ -725,7 +719,7 @@ def demo_model():
 
 def demo_file(package, name):
     spec = importlib.util.find_spec(package)
-    check((spec, f"the demo needs the package {package}: pip install -r tests/requirements.txt"))
+    check(spec, f"the demo needs the package {package}: pip install -r tests/requirements.txt")
     return os.path.join(spec.submodule_search_locations[0], name)
 
 

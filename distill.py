@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from data import UserError, check, told_as, writing
+from data import UserError, as_user_error, check, writing
 from losses import NO_LABEL, distillation_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,13 +98,11 @@ class Config:
 
     def __post_init__(self):
         teaches, unlabeled = self.alpha < 1 or self.n_trials > 0, self.unlabeled_id is not None
-        check(
-            (teaches or not unlabeled, "--alpha 1 leaves the teacher out, but --unlabeled_id has no other labels"),
-            (not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher"),
-            (unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id"),
-            (unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id"),
-            (len(self.text_columns or []) <= 2, "--text_columns: one or two column names"),
-        )
+        check(teaches or not unlabeled, "--alpha 1 leaves the teacher out, but --unlabeled_id has no other labels")
+        check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
+        check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
+        check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
+        check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.dataset_id == "nyu-mll/glue" and self.dataset_config is None:
             self.dataset_config = "sst2"
         if self.checkpoint_dir is None:
@@ -506,7 +504,7 @@ def read_task(args):
     for count in {len(splits["train"]), labeled if args.teacher_epochs else len(splits["train"])}:
         smallest, processes = count // math.ceil(count / args.batch_size), dist.get_world_size()
         reason = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
-        check((smallest >= processes, reason))
+        check(smallest >= processes, reason)
 
     max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
 
@@ -638,7 +636,7 @@ def search(args, task, identity):
     student.load_state_dict(initial)
     study = open_study()  # by now finished: every process reads the same
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    check((complete, "no trial has run to its end: see above, and repeat the command to run new ones"))
+    check(complete, "no trial has run to its end: see above, and repeat the command to run new ones")
     complete.sort(key=lambda trial: (-trial.value, trial.user_attrs["loss"]))
     shown = [{"trial": trial.number, args.best_by: trial.value, **trial.params} for trial in complete[:5]]
     say(f"\n{table([{name: f'{value:.4g}' for name, value in row.items()} for row in shown])}\n")
@@ -848,7 +846,7 @@ def read_checkpoint(folder, identity):
     old = state["identity"] if state else identity
     differences = [f"{name} was {old.get(name)}, is {new}" for name, new in identity.items() if old.get(name) != new]
     todo = "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
-    check((not differences, f"{path} was left by another command ({'; '.join(differences)}): {todo}"))
+    check(not differences, f"{path} was left by another command ({'; '.join(differences)}): {todo}")
     return state
 
 
@@ -894,7 +892,7 @@ def read(path):
     """What write() has written; None if there is no such file."""
     if not path.exists():
         return None
-    with told_as(f"{path} is damaged, delete it to start over"):
+    with as_user_error(f"{path} is damaged, delete it to start over"):
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -929,7 +927,7 @@ def process_group(device):
         os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
         backend, options = "gloo", {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        with told_as("the processes cannot form a group, start them by torchrun"):
+        with as_user_error("the processes cannot form a group, start them by torchrun"):
             dist.init_process_group(backend, **options)
         yield
     except UserError as error:
@@ -1110,29 +1108,31 @@ def check_before_start(args, device):
     tensorboard = args.report_to == "tensorboard"
     for module, needed in (("optuna", args.n_trials), ("tensorboard", tensorboard), ("boto3", args.hf_token_secret)):
         if needed:
-            with told_as(f"these flags need a package, pip install {module}"):
+            with as_user_error(f"these flags need a package, pip install {module}"):
                 importlib.import_module(module)
     if args.n_trials:
         same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-        check((same_machine, "--n_trials runs on one machine: its processes share a file of trials"))
+        check(same_machine, "--n_trials runs on one machine: its processes share a file of trials")
     written = [args.output_dir, f"{args.checkpoint_dir}/teacher"] if args.teacher_epochs else [args.output_dir]
     for source in (args.teacher_id, args.student_id):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
-        check((unlike, f"{source} would be overwritten: choose another --output_dir"))
+        check(unlike, f"{source} would be overwritten: choose another --output_dir")
     for folder in (args.output_dir, args.checkpoint_dir):
         os.makedirs(folder, exist_ok=True)
     if args.compile:  # it needs a C++ compiler, on GPUs Triton
-        with told_as("--compile does not work on this machine"):
+        with as_user_error("--compile does not work on this machine"):
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     if args.hub_model_id:
         if args.hf_token_secret:
             import boto3
 
-            with told_as(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
+            with as_user_error(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
                 secrets = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # SageMaker's name
                 token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
             os.environ["HF_TOKEN"] = token  # of this process, which pushes, and no other
-        with told_as(f"cannot create {args.hub_model_id} on the Hub, with HF_TOKEN or the login of 'hf auth login'"):
+        with as_user_error(
+            f"cannot create {args.hub_model_id} on the Hub, with HF_TOKEN or the login of 'hf auth login'"
+        ):
             huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
             huggingface_hub.auth_check(args.hub_model_id, write=True)  # create_repo is content with any that exists
 

@@ -54,9 +54,9 @@ class Launch:
 
     def __post_init__(self):
         for address in (self.train_data, self.output):
-            check((not address or address.startswith("s3://"), f"{address} must be like s3://bucket/folder"))
+            check(not address or address.startswith("s3://"), f"{address} must be like s3://bucket/folder")
         # The SDK appends the time, then cuts at SageMaker's 63 characters: a longer name would lose the time.
-        check((len(self.job_name) <= 48, f"--job_name {self.job_name} must have at most 48 characters"))
+        check(len(self.job_name) <= 48, f"--job_name {self.job_name} must have at most 48 characters")
 
 
 def hyperparameters_of(config, args):
@@ -69,7 +69,7 @@ def hyperparameters_of(config, args):
     if "dataset_id" in given and config.dataset_config:  # by default sst2, which another data set may have, too
         given["dataset_config"] = config.dataset_config
     if args.train_data and not config.dataset_id.startswith(TRAINING):
-        check(("dataset_id" not in given, "--train_data and --dataset_id name two data sets: leave one of them out"))
+        check("dataset_id" not in given, "--train_data and --dataset_id name two data sets: leave one of them out")
         given["dataset_id"] = TRAINING
     for name in ("teacher_id", "student_id", "dataset_id", "unlabeled_id"):
         value = given.get(name, "")
@@ -77,12 +77,10 @@ def hyperparameters_of(config, args):
         if is_path and not (args.train_data and value.startswith(TRAINING)):
             raise UserError(f"--{name} {value}: a job cannot read this machine's files: give a Hub id, or --train_data")
     no_folders = given.keys().isdisjoint(["output_dir", "checkpoint_dir"])
-    check(
-        (no_folders, "SageMaker sets --output_dir and --checkpoint_dir: leave them out, and see --output"),
-        (config.hf_token_secret or not config.hub_model_id, "in a job, --hub_model_id needs --hf_token_secret"),
-        (args.instance_count == 1 or not config.n_trials, "--n_trials needs one machine: leave out --instance_count"),
-        ("'" not in json.dumps(given), "in a job, no value may have an apostrophe"),  # the SDK's start script adds them
-    )
+    check(no_folders, "SageMaker sets --output_dir and --checkpoint_dir: leave them out, and see --output")
+    check(config.hf_token_secret or not config.hub_model_id, "in a job, --hub_model_id needs --hf_token_secret")
+    check(args.instance_count == 1 or not config.n_trials, "--n_trials needs one machine: leave out --instance_count")
+    check("'" not in json.dumps(given), "in a job, no value may have an apostrophe")
     return given
 
 
