@@ -10,7 +10,7 @@ marks where the method ends and its plumbing begins.
 import argparse
 import contextlib
 import datetime
-import functools
+import fcntl
 import hashlib
 import importlib
 import io
@@ -18,11 +18,15 @@ import json
 import math
 import operator
 import os
+import pickle
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import datasets
@@ -88,25 +92,37 @@ class Config:
     precision: str = flag("auto", "auto: bf16, on old GPUs fp16, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = flag(False, "torch.compile the model in training")
     # What a run leaves behind
-    output_dir: str = flag(os.environ.get("SM_MODEL_DIR", "outputs"), "folder of the finished student")
+    output_dir: str = flag(None, "folder of the finished student; by default outputs, or what SageMaker says")
     checkpoint_dir: str = flag(None, "folder of checkpoint, labels and teacher; output_dir by default")
-    save_steps: int = flag(0, "checkpoint every N steps as well as every epoch", at_least=0)
+    log_steps: int = flag(50, "steps between rows of metrics.jsonl: at each, the host waits for the device", at_least=1)
+    save_minutes: float = flag(10.0, "checkpoint after so many minutes, besides after every epoch", at_least=0)
     report_to: str = flag("none", "log there too, besides metrics.jsonl", choices=("none", "tensorboard"))
     hub_model_id: str = flag(None, "push the finished student there; the token comes from HF_TOKEN or the login")
     hub_private: bool = flag(False, "create that repository as a private one")
     hf_token_secret: str = flag(None, "in a job on AWS: the Secrets Manager secret that holds the token, as plain text")
 
     def __post_init__(self):
-        teaches, unlabeled = self.alpha < 1 or self.n_trials > 0, self.unlabeled_id is not None
-        check(teaches or not unlabeled, "--alpha 1 leaves the teacher out, but --unlabeled_id has no other labels")
+        unlabeled = self.unlabeled_id is not None
+        check(self.teaches or not unlabeled, "--alpha 1 leaves the teacher out, but --unlabeled_id has no other labels")
         check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
         check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
         check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.dataset_id == "nyu-mll/glue" and self.dataset_config is None:
             self.dataset_config = "sst2"
-        if self.checkpoint_dir is None:
-            self.checkpoint_dir = "/opt/ml/checkpoints" if "SM_MODEL_DIR" in os.environ else self.output_dir
+        job = os.environ.get("SM_MODEL_DIR")  # set by SageMaker
+        self.output_dir = self.output_dir or job or "outputs"
+        self.checkpoint_dir = self.checkpoint_dir or ("/opt/ml/checkpoints" if job else self.output_dir)
+
+    @property
+    def teaches(self):
+        """Whether the teacher has a part in what the student learns."""
+        return self.alpha < 1 or self.n_trials > 0
+
+    @property
+    def finished_teacher(self):
+        """Where the teacher is loaded from: teacher_id, or the folder in which --teacher_epochs leaves it."""
+        return str(Path(self.checkpoint_dir, "teacher")) if self.teacher_epochs else self.teacher_id
 
 
 # The defaults under --demo; flags given beside it take precedence.
@@ -129,45 +145,77 @@ DEMO = {
 
 
 def run(args, device):
-    """Turn text and two models into a scored student in output_dir. Raises UserError.
+    """Train one model: turn text, a teacher and a student into a scored student in output_dir. Raises UserError.
 
-    Every process runs this. There always is a process group: without torchrun, of one process.
+    Every process runs this. There always is a process group: without torchrun, of one process. Without a teacher_id the
+    true labels alone teach: so is a teacher made, see fine_tune_teacher().
     """
-    args = replace(args, precision=choose_precision(args.precision, device))
-    from_rank0(lambda: check_before_start(args, device))
-
     # 1. Rank 0 reads data and models, and all receive what it read, or its error.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS).to(device)
-    texts = [*task.teacher_splits.values(), *task.student_splits.values()]
-    identity = identity_of(args, texts, teacher=task.teacher, student=task.student)
-    from_rank0(lambda: bool(read_checkpoint(args.checkpoint_dir, identity)))  # raises if it is another command's
-    parameters = {"teacher": task.teacher.num_parameters(), "student": task.student.num_parameters()}
-
-    # 2. The teacher is fine-tuned, if asked for, and labels every example.
-    if args.teacher_epochs:
-        fine_tune_teacher(args, task)
-    start = time.perf_counter()
-    live_teacher = label_with_teacher(args, task)
-    seconds = {"labeling": time.perf_counter() - start}
     splits = task.student_splits
     scored = {role: split for role, split in splits.items() if role != "train"}
-    teacher_scores = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
-    report_teacher(teacher_scores["eval"], scored["eval"].labels, task.class_names)
-    task.teacher = task.teacher_splits = texts = None  # frees their memory, unless live_teacher still needs them
+    identity = identity_of(args, task)
+    if task.teacher is None and from_rank0(lambda: is_finished(args, identity)):
+        return
+    checkpoint = from_rank0(lambda: read_checkpoint(args, identity))  # None, unless a run of this identity was killed
+    parameters = {"student": task.student.num_parameters()}
+    scores, seconds, live_teacher, trials = {}, {}, None, []
+
+    # 2. The teacher labels every example.
+    if task.teacher is not None:
+        parameters["teacher"] = task.teacher.num_parameters()
+        start = time.perf_counter()
+        label_with_teacher(args, task)
+        seconds["labeling"] = time.perf_counter() - start
+        scores["teacher"] = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
+        report_teacher(scores["teacher"]["eval"], splits["eval"].labels, task.class_names)
+        if args.teaches and not args.cache_teacher:
+            live_teacher = make_live_teacher(args, task)
+        task.teacher = task.teacher_splits = None  # frees their memory, unless live_teacher still needs them
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
-    trials = []
     if args.n_trials:
-        args, trials = search(args, task, identity)
+        args, trials = search(args, task, device, identity)
         identity |= {f"best {name}": getattr(args, name) for name in SEARCHED}
-    progress = train(args, "student", task.student, task.student_tokenizer, splits, live_teacher, identity)
-    seconds["training"] = progress.seconds
+        check_same_command(args, checkpoint, identity)
+    training = Training(task.student, args)
+    if checkpoint:
+        training.load_state_dict(checkpoint)
+        say(f"continuing at step {training.step}")
+    files = RunFiles(args, identity, training, task.student_tokenizer)
+    from_rank0(files.begin)
+    with stopping_at_a_row(training):
+        for row in train(args, training, splits, live_teacher):
+            better = training.keep_if_best(row, args.best_by)
+            from_rank0(lambda: files.add(row, better))  # noqa: B023, called at once
+            if training.stop:
+                fail(f"stopped by SIGTERM at step {training.step}: the same command continues there", code=143)
+    seconds["training"] = training.seconds
+    from_rank0(files.save_best)
 
     # 4. The saved student is loaded again, as its users will load it, and scored.
     student = from_rank0(lambda: data.load_model(args.output_dir)[0]).to(device)
-    student_scores = {role: evaluate(student, split, args.precision) for role, split in scored.items()}
-    scores = {"teacher": teacher_scores, "student": student_scores}
-    from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, trials))
+    scores["student"] = {role: evaluate(student, split, args.precision) for role, split in scored.items()}
+    from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, trials, identity), timeout=DOWNLOADS)
+
+
+def fine_tune_teacher(args, device):
+    """Make the teacher by a run of its own, in which there is no teacher: the true labels alone teach, alpha is 1."""
+    say("the teacher is fine-tuned first")
+    students = ("student_layers", "test_split", "unlabeled_id", "unlabeled_config", "unlabeled_split", "cache_teacher")
+    students += ("temperature", "n_trials", "hub_model_id", "teacher_epochs", "teacher_learning_rate")
+    its_args = replace(
+        args,
+        **{name: getattr(Config, name) for name in students},  # the defaults: the student's flags have no part in it
+        teacher_id=None,
+        student_id=args.teacher_id,
+        alpha=1.0,
+        epochs=args.teacher_epochs,
+        learning_rate=args.teacher_learning_rate,
+        output_dir=args.finished_teacher,
+        checkpoint_dir=args.finished_teacher,
+    )
+    run(its_args, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,10 +226,6 @@ PART = 16_384  # examples: as many labels are lost, at most, if a run is killed
 # Tokens per batch: enough to keep the device busy; more would mix lengths and pad more.
 PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
 
-# These accept a ready 4-D mask. Given a 2-D one, transformers reads it back to check for padding, which stalls the host
-# in every step.
-PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
-
 
 @dataclass
 class Examples:
@@ -191,21 +235,23 @@ class Examples:
     labels: torch.Tensor  # [N] int64; NO_LABEL where there is none
     teacher_logits: torch.Tensor | None = None  # [N, C] float32
 
+    def batch(self, rows):
+        """The inputs, labels and teacher's logits (or None) of some rows ([B], on the host), all on the device."""
+        rows, inputs = self.tokens.batch(rows)
+        teacher_logits = None if self.teacher_logits is None else self.teacher_logits[rows]
+        return inputs, self.labels[rows], teacher_logits
+
 
 def label_with_teacher(args, task):
-    """Let the teacher label every split once. Returns None, or with --cache_teacher false a live teacher.
+    """Let the teacher label every split once.
 
     The teacher is frozen, so epochs, batches, alpha and temperature have no part in its logits. Those of PART examples
     are a file whose name is a digest of all that they do depend on, up to rounding: the teacher's weights and
     configuration, tokens, precision. So a file of that name can be used as it is.
-
-    A live teacher is the textbook form: training examples are not labeled, but in every step this function runs the
-    teacher on a rank's part of the batch.
     """
-    teaches = args.alpha < 1 or args.n_trials > 0
     teacher_digest, folder = digest(task.teacher), Path(args.checkpoint_dir, "teacher_logits")
     for role, split in task.teacher_splits.items():
-        if role == "train" and not (teaches and args.cache_teacher):
+        if role == "train" and not (args.teaches and args.cache_teacher):
             continue
         parts, found = [], 0
         with progress_bar(len(split.labels), f"teacher labels {role}") as bar:
@@ -215,6 +261,7 @@ def label_with_teacher(args, task):
                 logits = from_rank0(lambda: read(path))  # noqa: B023, called at once
                 if logits is None:
                     logits = predict(task.teacher, tokens, args.precision, bar).cpu()
+                    check(logits.isfinite().all(), "the teacher's answers are not finite: its weights are damaged")
                     from_rank0(lambda: write(logits, path))  # noqa: B023
                 else:
                     found += len(tokens)
@@ -223,31 +270,20 @@ def label_with_teacher(args, task):
         if found:
             say(f"teacher's labels for {role}: {found:,} of {len(split.labels):,} found in {folder}")
         task.student_splits[role].teacher_logits = torch.cat(parts).to(split.labels.device)
-    if not teaches or args.cache_teacher:
-        return None
+
+
+def make_live_teacher(args, task):
+    """The textbook form, for --cache_teacher false: a function that runs the teacher on rows of the training split."""
     # Frozen only now: in predict(), autocast caches half-precision copies only of weights that require grad.
     teacher, tokens = task.teacher.eval().requires_grad_(False), task.teacher_splits["train"].tokens
 
     @torch.no_grad()
-    def live_teacher(part):
-        _, inputs = tokens.batch(part)
+    def live_teacher(rows):
+        _, inputs = tokens.batch(rows)
         with autocast(tokens.device, args.precision):
             return forward(teacher, inputs).float()
 
     return live_teacher
-
-
-def forward(model, inputs):
-    """The model's logits [B, C] for the inputs that Tokens.batch returns; without padding there is no mask."""
-    mask = inputs.get("attention_mask")  # [B, L] bool, True at tokens
-    if mask is not None:
-        config = getattr(model, "module", model).config  # DDP wraps the model
-        if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
-            mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
-        else:
-            mask = mask.long()
-        inputs = {**inputs, "attention_mask": mask}
-    return model(**inputs).logits
 
 
 @torch.no_grad()
@@ -261,11 +297,11 @@ def predict(model, tokens, precision, bar=None):
     batches = data.prediction_batches(tokens.lengths, PREDICTION_TOKENS[device.type])
     logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
     with autocast(device, precision):
-        for part in batches[dist.get_rank() :: world_size]:
-            rows, inputs = tokens.batch(part)
+        for rows in batches[dist.get_rank() :: world_size]:
+            rows, inputs = tokens.batch(rows)
             logits[rows] = forward(model, inputs).float()
             if bar is not None:
-                bar.update(len(part) * world_size)  # the other ranks are about as far along
+                bar.update(len(rows) * world_size)  # the other ranks are about as far along
     dist.all_reduce(logits)  # every row is zero on all ranks but one
     return logits
 
@@ -303,27 +339,23 @@ def evaluate(model, examples, precision):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-LOG_STEPS = 50  # steps between two readings of the loss: at each, the host waits for the device
-
 
 def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, example_count, args):
     """Take one optimizer step. inputs, labels and teacher_logits are this rank's part of a batch of example_count.
 
-    Returns the part's [total, hard, soft] losses, left on the device: reading them would make the host wait.
+    Returns the parts of the loss by name, left on the device: reading them would make the host wait.
     """
     with autocast(labels.device, args.precision):
         logits = forward(model, inputs)  # in half precision, unless --precision fp32; the loss computes in float32
-    loss, hard, soft = distillation_loss(
-        logits, teacher_logits, labels, args.alpha, args.temperature, example_count=example_count
-    )
+    parts = distillation_loss(logits, teacher_logits, labels, args.alpha, args.temperature, example_count=example_count)
     # DDP averages the ranks' gradients, but the parts' losses add up to the batch's: undo its division.
-    scaler.scale(loss * dist.get_world_size()).backward()
+    scaler.scale(parts["loss"] * dist.get_world_size()).backward()
     scaler.unscale_(optimizer)  # so that gradients are clipped at their true size
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     scaler.step(optimizer)  # on fp16 overflow the fused kernel skips the update, without a host sync
     scaler.update()
     optimizer.zero_grad()
-    return torch.stack([loss.detach(), hard, soft])
+    return {name: part.detach() for name, part in parts.items()}
 
 
 def make_optimizer(model, args):
@@ -347,104 +379,134 @@ def step_seed(seed, step, rank):
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
 
 
-def goodness(scores, best_by):
-    """Sort key of epochs and trials: larger is better, and among equals a lower loss."""
+def sort_key(scores, best_by):
+    """Of epochs and trials: the larger, the better; among equals a lower loss decides."""
     return (-scores["loss"] if best_by == "loss" else scores[best_by], -scores["loss"])
 
 
-class LossNotFinite(UserError):
-    """The training has diverged. In a search, the trial fails and the search goes on."""
+@dataclass
+class Training:
+    """A model in training, and how far it has come: what a checkpoint holds."""
+
+    model: torch.nn.Module
+    args: InitVar[Config]
+    step: int = 0  # steps taken: with the seed and the rank, this determines the next batch and its dropout
+    seconds: float = 0.0
+    epoch_loss: float = 0.0  # the mean over the epoch's steps so far, times their share of it
+    best_scores: dict | None = None  # on eval
+    best_weights: dict | None = None
+    stop: bool = False  # SIGTERM has come: to this rank, and after a row to any of them
+
+    def __post_init__(self, args):
+        self.optimizer = make_optimizer(self.model, args)
+        self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
+
+    def state_dict(self):
+        state = {name: getattr(part, "state_dict", lambda part=part: part)() for name, part in vars(self).items()}
+        return {**state, "stop": False}
+
+    def load_state_dict(self, state):
+        for name, part in vars(self).items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
+
+    def keep_if_best(self, row, best_by):
+        """Whether a row of train() has an epoch's scores, better than all before; its weights are then kept."""
+        if "eval_loss" not in row:
+            return False
+        scores = {name.removeprefix("eval_"): row[name] for name in row if name.startswith("eval_")}
+        better = self.best_scores is None or sort_key(scores, best_by) > sort_key(self.best_scores, best_by)
+        if better:
+            self.best_scores = scores
+            self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in self.model.state_dict().items()}
+        return better
 
 
-def train(args, name, model, tokenizer, splits, live_teacher=None, identity=None, after_epoch=None):
-    """Train a model by distillation_loss; its best epoch, by args.best_by, is kept in the model and in output_dir.
+NOT_FINITE = "the loss is not finite: lower the learning rate"
+
+
+def train(args, training, splits, live_teacher=None):
+    """Train to the last epoch, on every rank. Yields the rows of metrics.jsonl.
+
+    Every log_steps steps a row has the mean losses since the one before, and an epoch's last row also its scores on
+    eval. At a row no loss is unread and all ranks stand at the same step: here the caller may save, report, or stop.
 
     Args:
-        name: "teacher", "student" or, say, "trial 3": names the training in messages.
+        training: where to begin, and what is trained.
         splits: role -> Examples, on the device.
-        live_teacher: see label_with_teacher(); None where splits hold the teacher's logits, and without a teacher.
-        identity: what a checkpoint must agree with to be continued; None for a trial, which leaves no files.
-        after_epoch: called with the number of the epoch, from 1, and its scores.
+        live_teacher: see make_live_teacher(); None where splits hold the teacher's logits, and without a teacher.
 
-    Returns the Progress. Raises LossNotFinite, or UserError where a file cannot be written.
+    Raises UserError: the loss is not finite.
     """
-    start = time.perf_counter()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     examples, device = splits["train"], splits["train"].labels.device
     steps_per_epoch = math.ceil(len(examples.labels) / args.batch_size)
-    steps = args.epochs * steps_per_epoch
+    ddp_model = on_all_ranks(training.model, examples, args)
+    start = time.perf_counter() - training.seconds
 
-    optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    files = RunFiles(args, identity, model, tokenizer, optimizer, scaler)
-    progress = files.restore(name)  # at step 0, unless a run of the same identity was killed
-    start -= progress.seconds
-    ddp_model = torch.compile(model, dynamic=True) if args.compile else model
-    if world_size > 1:
-        ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
-        # Set here, since torch 2.9 and 2.13 name the constructor's flag differently: BERT's buffers are constants.
-        ddp_model.broadcast_buffers = False
-
-    for epoch in range(progress.step // steps_per_epoch, args.epochs):
+    for epoch in range(training.step // steps_per_epoch, args.epochs):
         batches = data.training_batches(examples.tokens.lengths, args.batch_size, args.seed, epoch)
-        batches = batches[progress.step % steps_per_epoch :]  # a resumed run skips the batches already taken
-        title = f"{name}, epoch {epoch + 1}/{args.epochs}"
-        model.train()
-        sums, unread, since = torch.zeros(3, device=device), [], time.perf_counter()
-        with progress_bar(sum(map(len, batches)), title) as bar:
+        batches = batches[training.step % steps_per_epoch :]  # a resumed run skips the batches already taken
+        training.model.train()
+        sums, unread, since = torch.zeros((), device=device), [], time.perf_counter()
+        with progress_bar(sum(map(len, batches)), f"epoch {epoch + 1}/{args.epochs}") as bar:
             for batch in batches:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate_at(progress.step, steps, args)
-                torch.manual_seed(step_seed(args.seed, progress.step, rank))
-                part = batch[rank::world_size]  # this rank's row numbers, on the host; rows: the same, on the device
-                rows, inputs = examples.tokens.batch(part)
-                teacher_logits = None
-                if args.alpha < 1:
-                    teacher_logits = live_teacher(part) if live_teacher else examples.teacher_logits[rows]
-                sums += training_step(
-                    ddp_model, optimizer, scaler, inputs, examples.labels[rows], teacher_logits, len(batch), args
+                rate = learning_rate_at(training.step, args.epochs * steps_per_epoch, args)
+                for group in training.optimizer.param_groups:
+                    group["lr"] = rate
+                seed_dropout(step_seed(args.seed, training.step, rank), device)
+                rows = batch[rank::world_size]  # this rank's part
+                inputs, labels, teacher_logits = examples.batch(rows)
+                if live_teacher:
+                    teacher_logits = live_teacher(rows)
+                parts = training_step(
+                    ddp_model, training.optimizer, training.scaler, inputs, labels, teacher_logits, len(batch), args
                 )
+                sums = sums + torch.stack([*parts.values()])
                 unread.append(len(batch))
-                progress.step += 1
+                training.step += 1
                 bar.update(len(batch))
 
-                last = progress.step % steps_per_epoch == 0  # of the epoch: evaluated before it is saved
-                save_now = not last and args.save_steps > 0 and progress.step % args.save_steps == 0
-                if last or save_now or progress.step % LOG_STEPS == 0:  # a checkpoint leaves no loss unread
+                last = training.step % steps_per_epoch == 0
+                if last or training.step % args.log_steps == 0:
+                    sums = torch.cat([sums, torch.tensor([float(training.stop)], device=device)])
                     dist.all_reduce(sums)
-                    loss, hard, soft = (sums / len(unread)).tolist()  # the host waits for the device
-                    if not math.isfinite(loss):
-                        raise LossNotFinite(f"the {name}'s loss is not finite: lower --learning_rate")
-                    progress.epoch_loss += loss * len(unread) / steps_per_epoch
-                    row = {"step": progress.step, "epoch": epoch + 1, "loss": loss, "hard_loss": hard}
-                    row |= {"soft_loss": soft, "learning_rate": optimizer.param_groups[0]["lr"]}
+                    *losses, stop = sums.tolist()  # the host waits for the device
+                    losses = {name: loss / len(unread) for name, loss in zip(parts, losses, strict=True)}
+                    check(math.isfinite(losses["loss"]), NOT_FINITE)
+                    row = {"step": training.step, "epoch": epoch + 1, **losses, "learning_rate": rate}
                     row["examples_per_second"] = sum(unread) / (time.perf_counter() - since)
-                    files.log(progress, row)
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                    sums, unread, since = torch.zeros_like(sums), [], time.perf_counter()
-                if save_now:
-                    files.save_checkpoint(progress, time.perf_counter() - start)
+                    training.epoch_loss += losses["loss"] * len(unread) / steps_per_epoch
+                    training.seconds, training.stop = time.perf_counter() - start, stop > 0
+                    bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
+                    if not last:
+                        yield row
+                    sums, unread, since = torch.zeros((), device=device), [], time.perf_counter()
 
-        scores = evaluate(model, splits["eval"], args.precision)
-        if not math.isfinite(scores["loss"]):
-            raise LossNotFinite(f"the {name}'s loss is not finite: lower --learning_rate")
-        files.log(progress, {"epoch": epoch + 1, **{f"eval_{key}": value for key, value in scores.items()}})
-        best = progress.best and progress.best["scores"]
-        better = best is None or goodness(scores, args.best_by) > goodness(best, args.best_by)
-        line = ", ".join(f"eval {key} {value:.4f}" for key, value in scores.items())
-        say(f"{title}: loss {progress.epoch_loss:.4f}; {line}{' (best so far)' if better else ''}")
-        progress.epoch_loss = 0.0
-        if better:
-            weights = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
-            progress.best = {"scores": scores, "weights": weights}
-            files.save_model()
-        files.save_checkpoint(progress, time.perf_counter() - start)
-        if after_epoch:
-            after_epoch(epoch + 1, scores)
+        scores = evaluate(training.model, splits["eval"], args.precision)
+        check(math.isfinite(scores["loss"]), NOT_FINITE)
+        row |= {"epoch_loss": training.epoch_loss, **{f"eval_{name}": value for name, value in scores.items()}}
+        training.seconds, training.epoch_loss = time.perf_counter() - start, 0.0
+        yield row
 
-    model.load_state_dict(progress.best["weights"])
-    files.save_model()  # again: a run that continues on a new machine may have found the folder empty
-    return progress
+
+def on_all_ranks(model, examples, args):
+    """The model as it is called in training: compiled, if asked for, and with its gradients averaged over the ranks."""
+    if dist.get_world_size() == 1:
+        return torch.compile(model, dynamic=True) if args.compile else model
+    # DDP waits for every gradient, but some models have parameters that no classification reaches: they take no part.
+    inputs, _, _ = examples.batch(torch.tensor([0]))
+    forward(model.eval(), inputs).sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+    ddp_model = torch.compile(model, dynamic=True) if args.compile else model
+    ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
+    # Set here, since torch 2.9 and 2.13 name the constructor's flag differently: BERT's buffers are constants.
+    ddp_model.broadcast_buffers = False
+    return ddp_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,8 +519,7 @@ class Task:
 
     class_names: list
     labeled: int  # training examples with a label; those without follow them
-    teacher: torch.nn.Module
-    teacher_tokenizer: transformers.PreTrainedTokenizerBase
+    teacher: torch.nn.Module | None  # None where the true labels alone teach
     teacher_splits: dict  # role -> Examples, with the teacher's tokens
     student: torch.nn.Module
     student_tokenizer: transformers.PreTrainedTokenizerBase
@@ -468,7 +529,8 @@ class Task:
         for splits in (self.teacher_splits, self.student_splits):
             for split in splits.values():
                 split.tokens, split.labels = split.tokens.to(device), split.labels.to(device)
-        self.teacher.to(device)
+        if self.teacher is not None:
+            self.teacher.to(device)
         self.student.to(device)
         return self
 
@@ -483,14 +545,12 @@ def read_task(args):
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
 
-    new_classes = class_names if args.teacher_epochs else None
-    teacher, teacher_tokenizer = data.load_model(args.teacher_id, new_classes, args.seed)
-    if not args.teacher_epochs:  # it is finished: its classes must be the data set's, in whatever order
+    teacher = teacher_tokenizer = None
+    if args.teacher_id is not None:
+        teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
         class_names = data.adopt_classes(teacher, class_names, splits)
-    student_id = args.teacher_id if args.student_id == "teacher" else args.student_id
-    student, student_tokenizer = data.load_model(student_id, class_names, args.seed)
-    if args.student_layers:
-        student = data.keep_layers(student, args.student_layers)
+    student, student_tokenizer = read_student(args, class_names)
+    teacher_tokenizer = teacher_tokenizer or student_tokenizer
 
     labeled = len(splits["train"])
     if args.unlabeled_id:
@@ -501,10 +561,10 @@ def read_task(args):
         labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
         splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
 
-    for count in {len(splits["train"]), labeled if args.teacher_epochs else len(splits["train"])}:
-        smallest, processes = count // math.ceil(count / args.batch_size), dist.get_world_size()
-        reason = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
-        check(smallest >= processes, reason)
+    batches = math.ceil(len(splits["train"]) / args.batch_size)
+    smallest, processes = len(splits["train"]) // batches, dist.get_world_size()
+    reason = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
+    check(smallest >= processes, reason)
 
     max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
 
@@ -519,50 +579,20 @@ def read_task(args):
     if not same:
         say("teacher and student have different tokenizers: each gets its own tokens")
         student_splits = tokenized(student_tokenizer)
-    models = (teacher, teacher_tokenizer, teacher_splits, student, student_tokenizer, student_splits)
-    return Task(class_names, labeled, *models)
+    return Task(class_names, labeled, teacher, teacher_splits, student, student_tokenizer, student_splits)
+
+
+def read_student(args, class_names):
+    """The student before training, and its tokenizer."""
+    from_teacher = args.student_id == "teacher" and args.teacher_id is not None
+    student_id = args.finished_teacher if from_teacher else args.student_id
+    student, tokenizer = data.load_model(student_id, class_names, args.seed)
+    return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
 
 
 # =====================================================================================================================
 # Everything below is plumbing; you may stop here.
 # =====================================================================================================================
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fine-tuning the teacher
-
-TEACHER_FLAGS = (
-    "batch_size", "weight_decay", "warmup_ratio", "max_grad_norm", "best_by", "seed", "precision", "compile",
-    "save_steps", "report_to",
-)  # fmt: skip
-
-
-def fine_tune_teacher(args, task):
-    """Train the teacher on the true labels alone, or load it if an earlier run has done the same training."""
-    folder = Path(args.checkpoint_dir, "teacher")
-    its_args = Config(  # other flags have no part in it: another alpha or student finds the teacher again
-        epochs=args.teacher_epochs,
-        learning_rate=args.teacher_learning_rate,
-        alpha=1.0,
-        output_dir=str(folder),
-        checkpoint_dir=str(folder),
-        **{name: getattr(args, name) for name in TEACHER_FLAGS},
-    )
-    examples = task.teacher_splits["train"]
-    labeled = Examples(examples.tokens.slice(0, task.labeled), examples.labels[: task.labeled])
-    splits = {"train": labeled, "eval": task.teacher_splits["eval"]}
-    identity, key = identity_of(its_args, splits.values(), teacher=task.teacher), folder / "key.json"
-    if from_rank0(lambda: read(key)) == identity:
-        say(f"teacher: fine-tuned already, in {folder}")
-        task.teacher.load_state_dict(from_rank0(lambda: data.load_model(str(folder))[0].state_dict()))
-    else:
-        from_rank0(lambda: key.unlink(missing_ok=True))  # until it is written again, there is no finished teacher
-        train(its_args, "teacher", task.teacher, task.teacher_tokenizer, splits, identity=identity)
-        from_rank0(lambda: write(json.dumps(identity), key))
-    from_rank0(lambda: (folder / "checkpoint.pt").unlink(missing_ok=True))
-    if args.student_id == "teacher":  # read_task() made it before the fine-tuning
-        student = data.keep_layers(task.teacher, task.student.config.num_hidden_layers)
-        task.student.load_state_dict(student.state_dict())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Search: many trainings on one teacher's labels
@@ -580,12 +610,12 @@ def suggest(trial):
     }
 
 
-def search(args, task, identity):
+def search(args, task, device, identity):
     """Train n_trials times with hyperparameters that Optuna chooses; return args with the best ones, and all trials.
 
-    Each process takes its share of the trials: inside alone(), train, predict and say see a group of one process. They
-    share a file, with which a repeated command goes on: its study is named by a digest of the command and the labels.
-    Trials leave no student: the caller trains with the best hyperparameters again, as in the published recipe.
+    Each process takes its share of the trials, as a group of its own. They share a file, with which a repeated command
+    goes on: its study is named by a digest of the command and the labels. Trials leave no student: the caller trains
+    with the best hyperparameters again, as in the published recipe.
     """
     import optuna  # optional, like TensorBoard: check_before_start() has seen that it is there
 
@@ -594,28 +624,31 @@ def search(args, task, identity):
     command = {name: value for name, value in identity.items() if name not in (*SEARCHED, "processes")}
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
-    open_study = functools.partial(
-        optuna.create_study,
-        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
-        study_name=digest(json.dumps(command), *[split.teacher_logits for split in splits.values()]),
-        direction="maximize",
-        pruner=optuna.pruners.MedianPruner(),
-        load_if_exists=True,
-    )
+    def open_study(sampler=None):
+        return optuna.create_study(
+            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
+            study_name=digest(json.dumps(command), *[split.teacher_logits for split in splits.values()]),
+            direction="maximize",
+            pruner=optuna.pruners.MedianPruner(),
+            sampler=sampler,
+            load_if_exists=True,
+        )
 
     def objective(trial):
-        values, name = suggest(trial), f"trial {trial.number}"
-        say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
-
-        def after_epoch(epoch, scores):
-            trial.report(goodness(scores, args.best_by)[0], epoch)
-            if epoch < values["epochs"] and trial.should_prune():
-                raise optuna.TrialPruned
-
+        values = suggest(trial)
+        say(f"trial {trial.number}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
         student.load_state_dict(initial)
-        progress = train(replace(args, **values), name, student, None, splits, after_epoch=after_epoch)
-        trial.set_user_attr("loss", progress.best["scores"]["loss"])
-        return goodness(progress.best["scores"], args.best_by)[0]
+        its_args = replace(args, **values)
+        training = Training(student, its_args)
+        for row in train(its_args, training, splits):
+            if "eval_loss" in row:
+                training.keep_if_best(row, args.best_by)
+                scores = {"loss": row["eval_loss"], args.best_by: row[f"eval_{args.best_by}"]}
+                trial.report(sort_key(scores, args.best_by)[0], row["epoch"])
+                if row["epoch"] < values["epochs"] and trial.should_prune():
+                    raise optuna.TrialPruned
+        trial.set_user_attr("loss", training.best_scores["loss"])
+        return sort_key(training.best_scores, args.best_by)[0]
 
     def prepare():
         if path.exists():  # Optuna would append to a line that a full disk or a kill has cut short
@@ -625,12 +658,12 @@ def search(args, task, identity):
     states = from_rank0(prepare)
     done = states.count("COMPLETE") + states.count("PRUNED")
     say(f"search: {done} of {args.n_trials} trials are done, in {path}")
-    with alone() as (rank, world_size), writing(path):
+    with alone(device) as (rank, world_size), writing(path):
         sampler = optuna.samplers.TPESampler(seed=step_seed(args.seed, len(states), rank))  # never the same draws
-        open_study(sampler=sampler).optimize(
+        open_study(sampler).optimize(
             objective,
             n_trials=len(range(rank, args.n_trials - done, world_size)),
-            catch=(LossNotFinite,),
+            catch=(UserError,),  # diverged
             callbacks=[lambda study, trial: say(f"trial {trial.number}: {trial.state.name.lower()}")],
         )
     student.load_state_dict(initial)
@@ -648,31 +681,39 @@ def search(args, task, identity):
 # Results
 
 
-def finish(args, task, scores, seconds, parameters, device, trials):
-    """Write results and model card, push if asked to, print the table and, last, the headline as one JSON object."""
-    teacher_model = str(Path(args.checkpoint_dir, "teacher")) if args.teacher_epochs else args.teacher_id
+def finish(args, task, scores, seconds, parameters, device, trials, identity):
+    """Write results.json and, unless the run made a teacher, report(); then the checkpoint has done its work."""
     results = {}
-    for who, model in (("teacher", teacher_model), ("student", args.output_dir)):
-        results[who] = {"model": model, "parameters": parameters[who]}
-        for role in scores[who]:
-            results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
+    for who, model in (("teacher", args.finished_teacher), ("student", args.output_dir)):
+        if who in scores:
+            results[who] = {"model": model, "parameters": parameters[who]}
+            for role in scores[who]:
+                results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
     examples = {role: len(split.labels) for role, split in task.student_splits.items()}
     modules = (torch, transformers, datasets, huggingface_hub)
     results |= {
         "seconds": seconds,
         "classes": task.class_names,
         "examples": {**examples, "train": task.labeled, "unlabeled": examples["train"] - task.labeled},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
         "versions": {module.__name__: module.__version__ for module in modules},
         "arguments": asdict(args),
+        "identity": identity,
         "search": trials,
     }
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
+    if "teacher" in scores:
+        report(args, results)
+    Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)
+
+
+def report(args, results):
+    """Write the model card, print the table, push if asked to, and print the headline as one JSON object."""
     write_model_card(args, results)
     say(f"\n{results_table(results)}\n")
-    say("labeling: {labeling:.1f} s; training: {training:.1f} s".format(**seconds))
+    say("labeling: {labeling:.1f} s; training: {training:.1f} s".format(**results["seconds"]))
     say(f"the student is in {args.output_dir}\n")
     if args.alpha < 1 and results["student"]["eval_accuracy"] > results["teacher"]["eval_accuracy"]:
         todo = "train the teacher longer (--teacher_epochs), use a better one, or give the labels more weight (--alpha)"
@@ -683,10 +724,10 @@ def finish(args, task, scores, seconds, parameters, device, trials):
                 repo_id=args.hub_model_id,
                 folder_path=args.output_dir,
                 allow_patterns=["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"],
-                ignore_patterns=["*/*"],  # the teacher's folder, TensorBoard's files
+                # The teacher's folder, TensorBoard's files; and all arguments, which name folders of this machine.
+                ignore_patterns=["*/*", "results.json"],
             )
         say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
-    Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
 
 
@@ -722,20 +763,21 @@ def report_teacher(scores, labels, class_names):
 def write_model_card(args, results):
     """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
     teacher, dataset = data.hub_id(args.teacher_id, "model"), data.hub_id(args.dataset_id, "dataset")
-    scored = None if args.dataset_id == "demo" else dataset  # the demo's splits are not the Hub's
+    on_hub = dataset is not None and args.dataset_id != "demo"  # where the scored splits are; the demo's are its own
     scores = [
         huggingface_hub.EvalResult(
             task_type="text-classification",
-            dataset_type=scored or "local",
-            dataset_name=scored or Path(args.dataset_id).name,
+            dataset_type=dataset,
+            dataset_name=dataset,
             dataset_config=args.dataset_config,
             dataset_split=split,
             metric_type=kind,
+            metric_name=title,
             metric_value=results["student"][f"{role}_{name}"],
         )
         for role, split in (("eval", args.eval_split), ("test", args.test_split))
-        for name, kind in (("accuracy", "accuracy"), ("macro_f1", "f1"))
-        if split
+        for name, kind, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1"))
+        if split and on_hub
     ]
     metadata = huggingface_hub.ModelCardData(
         model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
@@ -754,7 +796,7 @@ def write_model_card(args, results):
 # {metadata.model_name}
 
 A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from a larger teacher,
-{teacher or "a local model"}{", fine-tuned first" if args.teacher_epochs else ""}, on {dataset or "a local data set"}.
+{teacher or "a local model"}, on {dataset or "a local data set"}.
 The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g};
 {results["examples"]["unlabeled"]:,} more examples had no label but the teacher's.
 
@@ -770,94 +812,118 @@ Training: {", ".join(f"{flag} {getattr(args, flag)}" for flag in flags)}.
 
 # Two commands that differ only in these flags do the same training.
 NOT_PART_OF_TRAINING = (
-    "output_dir", "checkpoint_dir", "save_steps", "report_to", "hub_model_id", "hub_private", "hf_token_secret",
-    "n_trials",
+    "output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "hub_model_id", "hub_private",
+    "hf_token_secret", "n_trials",
 )  # fmt: skip
 
 
-@dataclass
-class Progress:
-    """How far a training has come: what a checkpoint holds besides the model, the optimizer and the scaler."""
-
-    step: int = 0  # steps taken: with the seed and the rank, this determines the next batch and its dropout
-    seconds: float = 0.0
-    epoch_loss: float = 0.0  # the mean over the epoch's steps so far, times their share of it
-    best: dict | None = None  # the best epoch's "scores" and "weights"
-    rows: list = field(default_factory=list)  # of metrics.jsonl, so far
-
-
 class RunFiles:
-    """What a training leaves behind, by rank 0: checkpoint, metrics.jsonl, the best model. Nothing without identity."""
+    """What rank 0 writes while a model is trained: metrics.jsonl, the best model, and checkpoint.pt."""
 
-    def __init__(self, args, identity, model, tokenizer, optimizer, scaler):
-        self.args, self.identity, self.model, self.tokenizer = args, identity, model, tokenizer
-        self.metrics, self.board = Path(args.output_dir, "metrics.jsonl"), None
-        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    def __init__(self, args, identity, training, tokenizer):
+        self.args, self.identity, self.training, self.tokenizer = args, identity, training, tokenizer
+        self.metrics, self.board, self.saved = Path(args.output_dir, "metrics.jsonl"), None, time.monotonic()
 
-    def restore(self, name):
-        """Restore model, optimizer and scaler, if there is a checkpoint. Returns the Progress, new or restored."""
-        progress = Progress()
-        if self.identity is None:
-            return progress
-        state = from_rank0(lambda: read_checkpoint(self.args.checkpoint_dir, self.identity))
-        if state:
-            for key, part in self.parts.items():
-                part.load_state_dict(state[key])
-            progress = Progress(**state["progress"])
-            say(f"continuing the {name}: step {progress.step}")
-        # Rows that were written after the checkpoint are dropped.
-        from_rank0(lambda: write("".join(json.dumps(row) + "\n" for row in progress.rows), self.metrics))
-        return progress
+    def begin(self):
+        """Drop the results of an earlier run, and rows that were written after the checkpoint."""
+        Path(self.args.output_dir, "results.json").unlink(missing_ok=True)
+        lines = self.metrics.read_text().splitlines() if self.training.step and self.metrics.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.training.step]
+        write("".join(f"{line}\n" for line in kept), self.metrics)
 
-    def log(self, progress, row):
-        progress.rows.append(row)
-        if self.identity is not None:
-            from_rank0(lambda: self.append(progress.step, row))
-
-    def append(self, step, row):
+    def add(self, row, better):
+        """Write a row of train(), print an epoch's scores, save the model if it is the best, a checkpoint if due."""
         with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.args.report_to == "tensorboard":
-            if self.board is None:
-                from torch.utils.tensorboard import SummaryWriter
+            self.add_to_tensorboard(row)
+        ended = "eval_loss" in row  # an epoch
+        if ended:
+            line = ", ".join(f"{name.replace('_', ' ', 1)} {row[name]:.4f}" for name in row if name.startswith("eval_"))
+            best = " (best so far)" if better else ""
+            say(f"epoch {row['epoch']}/{self.args.epochs}: loss {row['epoch_loss']:.4f}; {line}{best}")
+        if better:
+            save_model(self.args.output_dir, self.training.model, self.tokenizer)
+        if ended or self.training.stop or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
+            state = {"identity": self.identity, **self.training.state_dict()}
+            write(state, Path(self.args.checkpoint_dir, "checkpoint.pt"))
+            self.saved = time.monotonic()
 
-                self.board = SummaryWriter(str(self.metrics.parent / "runs"), purge_step=step)
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, step)
-            self.board.flush()
+    def add_to_tensorboard(self, row):
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def save_checkpoint(self, progress, seconds):
-        progress.seconds = seconds
-        if self.identity is not None:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"identity": self.identity, "progress": vars(progress)}
-            from_rank0(lambda: write(state, Path(self.args.checkpoint_dir, "checkpoint.pt")))
+            self.board = SummaryWriter(str(self.metrics.parent / "runs"), purge_step=row["step"])
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                self.board.add_scalar(name, value, row["step"])
+        self.board.flush()
 
-    def save_model(self):
-        if self.identity is not None:
-            from_rank0(lambda: save_model(self.args.output_dir, self.model, self.tokenizer))
+    def save_best(self):
+        """Save the best epoch's model; again, since a run that goes on elsewhere may have found the folder empty."""
+        self.training.model.load_state_dict(self.training.best_weights)
+        save_model(self.args.output_dir, self.training.model, self.tokenizer)
 
 
-def read_checkpoint(folder, identity):
+@contextlib.contextmanager
+def stopping_at_a_row(training):
+    """Inside, SIGTERM waits for the next row of train(); a second one ends the program at once."""
+
+    def stop(*_):
+        training.stop = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def lock(folder, held):
+    """Hold the folder for this process, until `held` is closed. Raises UserError if another one holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    with contextlib.suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing in {folder}: wait, or choose another --output_dir") from None
+
+
+def is_finished(args, identity):
+    """Whether an earlier run has made this very teacher."""
+    results = read(Path(args.output_dir, "results.json"))
+    found = results is not None and results["identity"] == identity
+    if found:
+        say(f"it has been already, in {args.output_dir}")
+        Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)  # of a run killed at its very end
+    return found
+
+
+def read_checkpoint(args, identity):
     """The state that an unfinished run left, or None. Raises UserError if it is another command's."""
-    path = Path(folder, "checkpoint.pt")
-    state = read(path)
-    old = state["identity"] if state else identity
-    differences = [f"{name} was {old.get(name)}, is {new}" for name, new in identity.items() if old.get(name) != new]
-    todo = "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
-    check(not differences, f"{path} was left by another command ({'; '.join(differences)}): {todo}")
+    state = read(Path(args.checkpoint_dir, "checkpoint.pt"))
+    check_same_command(args, state, identity)
     return state
 
 
-def identity_of(args, splits, **models):
+def check_same_command(args, state, identity):
+    old = state["identity"] if state else identity
+    differences = [f"{name} was {old.get(name)}, is {new}" for name, new in identity.items() if old.get(name) != new]
+    todo = "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
+    path = Path(args.checkpoint_dir, "checkpoint.pt")
+    check(not differences, f"{path} was left by another command ({'; '.join(differences)}): {todo}")
+
+
+def identity_of(args, task):
     """What must be equal for a training to be continued: flags, kind of machine, models and data."""
+    splits = task.student_splits.values()
     return {
         **{name: value for name, value in asdict(args).items() if name not in NOT_PART_OF_TRAINING},
         "search": args.n_trials > 0,
         "processes": dist.get_world_size(),
-        **{f"digest of the {name}": digest(model) for name, model in models.items()},
-        "device": next(iter(models.values())).device.type,
+        "device": task.student.device.type,
+        "digest of the teacher": digest(task.teacher) if task.teacher is not None else None,
+        "digest of the student": digest(task.student),
         "digest of the data": digest(*[x for split in splits for x in (*split.tokens.tensors(), split.labels)]),
     }
 
@@ -919,21 +985,28 @@ DOWNLOADS = datetime.timedelta(hours=2)  # how long the other ranks wait while r
 
 
 @contextlib.contextmanager
-def process_group(device):
-    """Join torchrun's processes, or form a group of one. An error that the user can fix, and Ctrl-C, become a line."""
-    # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
-    backend, options = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", {}
-    if "RANK" not in os.environ:
-        os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
-        backend, options = "gloo", {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+def errors_as_lines(interrupted="the same command continues from the last checkpoint"):
+    """An error that the user can fix, and Ctrl-C, end the program with one line."""
     try:
-        with as_user_error("the processes cannot form a group, start them by torchrun"):
-            dist.init_process_group(backend, **options)
         yield
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted: the same command continues from the last checkpoint", code=130)
+        fail(f"interrupted: {interrupted}", code=130)
+    except BrokenPipeError:  # who read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """Form the group of torchrun's processes, or of this one alone."""
+    with as_user_error("the processes cannot form a group, start them by torchrun"):
+        store = join(device, "start")  # noqa: F841, kept since without torchrun rank 0's is the one that all meet in
+    try:
+        yield
+    except UserError:  # of all ranks
+        raise
     except Exception:
         if dist.get_world_size() > 1:
             # Only this rank has failed. An orderly exit waits for the others, who wait for it; torchrun ends them.
@@ -941,23 +1014,42 @@ def process_group(device):
             os._exit(1)
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def join(device, name):
+    """Meet all of torchrun's processes, if there are any, and form their group. Returns the store they met in."""
+    store, rank, world_size = meet()
+    # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and "RANK" in os.environ else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
+    return store
+
+
+def meet():
+    if "RANK" not in os.environ:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
+        return dist.HashStore(), 0, 1
+    # By default gloo takes the interface of the host's name, which in a cluster may resolve to this machine alone.
+    interface = os.environ.get("SM_NETWORK_INTERFACE_NAME") or os.environ.get("NCCL_SOCKET_IFNAME")
+    if interface in dict(map(reversed, socket.if_nameindex())):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return next(dist.rendezvous("env://"))
 
 
 @contextlib.contextmanager
-def alone():
+def alone(device):
     """Inside, each process is a group of its own; yields its rank among all. At the end it waits for the others."""
-    everyone, ranks = dist.group.WORLD, (dist.get_rank(), dist.get_world_size())
-    meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
-    dist.group.WORLD, _ = dist.new_subgroups(group_size=1, backend="gloo")
-    try:
-        yield ranks
-    except UserError as error:  # of this process, which prints it as a group of its own
-        fail(error, leave=os._exit if ranks[1] > 1 else sys.exit)
-    finally:
-        dist.group.WORLD = everyone
-    dist.barrier(meeting)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with errors_as_lines():  # of this process, which prints them as a group of its own
+        yield rank, world_size
+    dist.destroy_process_group()
+    store, _, _ = meet()
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(world_size)], datetime.timedelta(days=30))
+    join(device, "again")
 
 
 def from_rank0(make, timeout=None):
@@ -967,17 +1059,44 @@ def from_rank0(make, timeout=None):
     torch's half an hour. Another timeout needs a process group of its own: all else still notices a lost machine soon.
     """
     group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
-    answer = [None]  # a list, for broadcast_object_list to fill
+    answer = None
     if dist.get_rank() == 0:
         try:
-            answer = [make()]
+            answer = make()
+        except BrokenPipeError:
+            raise
         except (UserError, OSError) as error:  # a folder that cannot be made, the Hub's refusal
-            answer = [error if isinstance(error, UserError) else UserError(data.one_line(error))]
+            answer = error if isinstance(error, UserError) else UserError(data.one_line(error))
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer, 0, group)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
+        answer = broadcast(answer, group)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def broadcast(value, group):
+    """Rank 0's value on every rank. Tensors travel by themselves: pickled, each would take four times its memory."""
+    file, tensors, message = io.BytesIO(), {}, [None]
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            if isinstance(thing, torch.Tensor):
+                tensors[id(thing)] = thing  # once, though it may occur twice, as tied weights do
+                return id(thing)
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, key):
+            return tensors[key]
+
+    if dist.get_rank() == 0:
+        Pickler(file).dump(value)
+        message = [(file.getvalue(), {key: (type(t), t.shape, t.dtype) for key, t in tensors.items()})]
+    dist.broadcast_object_list(message, 0, group)
+    pickled, kinds = message[0]
+    tensors = tensors or {key: kind(torch.empty(shape, dtype=dtype)) for key, (kind, shape, dtype) in kinds.items()}
+    for tensor in tensors.values():
+        dist.broadcast(tensor.detach().reshape(-1).view(torch.uint8), 0, group)
+    return Unpickler(io.BytesIO(pickled)).load()
 
 
 def on_main_rank():
@@ -992,11 +1111,11 @@ def say(message):
         sys.stdout.flush()
 
 
-def fail(message, code=2, leave=sys.exit):
+def fail(message, code=2):
     """End the program with an error that the user can fix: one line from rank 0, the exit code from every rank."""
     if on_main_rank():
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    leave(code)
+    sys.exit(code)
 
 
 def progress_bar(total, title):
@@ -1019,18 +1138,30 @@ class Lines(io.TextIOBase):
 
 
 def choose_device():
-    """This process's GPU, or the CPU. Ends the program if there are fewer GPUs than processes."""
+    """This process's GPU, or the CPU. Raises UserError: there are too few GPUs, or torch cannot use them."""
     if not torch.cuda.is_available():
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and gpus_are_listed():
+            with as_user_error("torch cannot use this machine's GPU (with CUDA_VISIBLE_DEVICES= it takes the CPU)"):
+                torch.cuda.init()  # raises, and says why
         return torch.device("cpu")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if processes > gpus:
-        fail(f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
+    check(processes <= gpus, f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     # On an H100 scaled_dot_product_attention prefers cuDNN, which builds a plan for every new shape of a batch. Batches
     # of text have many shapes, and planning takes far longer than the attention itself.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def gpus_are_listed():
+    """Whether SageMaker or the driver says that there is a GPU, whatever torch says."""
+    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return int(os.environ.get("SM_NUM_GPUS", 0)) > 0 or (bool(listed) and listed.startswith("GPU "))
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def choose_precision(precision, device):
@@ -1046,9 +1177,36 @@ def multiplies_bf16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def seed_dropout(seed, device):
+    """Seed the generators that dropout draws from. torch.manual_seed() would seed those of every backend it knows."""
+    torch.default_generator.manual_seed(seed)  # on a GPU too: some models choose layers to drop by it
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def autocast(device, precision):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+# These accept a ready 4-D mask.
+PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+
+def forward(model, inputs):
+    """The model's logits [B, C] for the inputs that Tokens.batch returns; without padding there is no mask.
+
+    Given a 2-D mask, transformers reads it back to check for padding, which would stall the host in every step.
+    """
+    mask = inputs.get("attention_mask")  # [B, L] bool, True at tokens
+    if mask is not None:
+        config = getattr(model, "module", model).config  # DDP wraps the model
+        if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
+            mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+        else:
+            mask = mask.long()
+        inputs = {**inputs, "attention_mask": mask}
+    return model(**inputs).logits
 
 
 def quiet_libraries():
@@ -1059,7 +1217,8 @@ def quiet_libraries():
     huggingface_hub.logging.set_verbosity_error()
     # Stops transformers from asking a Hub service, in a thread, to convert a repository's pytorch_model.bin.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal's encoding lacks
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal's encoding lacks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1103,8 +1262,8 @@ def true_or_false(text):
     return text.lower() == "true"
 
 
-def check_before_start(args, device):
-    """Fail early on what would otherwise fail at the end."""
+def check_before_start(args, device, held):
+    """Fail early on what would otherwise fail at the end. Returns the Hub's full name of --hub_model_id."""
     tensorboard = args.report_to == "tensorboard"
     for module, needed in (("optuna", args.n_trials), ("tensorboard", tensorboard), ("boto3", args.hf_token_secret)):
         if needed:
@@ -1113,37 +1272,47 @@ def check_before_start(args, device):
     if args.n_trials:
         same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         check(same_machine, "--n_trials runs on one machine: its processes share a file of trials")
-    written = [args.output_dir, f"{args.checkpoint_dir}/teacher"] if args.teacher_epochs else [args.output_dir]
+    written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
     for source in (args.teacher_id, args.student_id):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")
-    for folder in (args.output_dir, args.checkpoint_dir):
+    for folder in {os.path.realpath(folder) for folder in (args.output_dir, args.checkpoint_dir)}:
         os.makedirs(folder, exist_ok=True)
+        lock(folder, held)
     if args.compile:  # it needs a C++ compiler, on GPUs Triton
         with as_user_error("--compile does not work on this machine"):
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    if args.hub_model_id:
-        if args.hf_token_secret:
-            import boto3
+    if args.teacher_epochs:  # what is wrong with the student is told before; what it says is said when it is needed
+        with contextlib.redirect_stdout(io.StringIO()):
+            read_student(replace(args, teacher_epochs=0), ["0", "1"])
+    if not args.hub_model_id:
+        return None
+    if args.hf_token_secret:
+        import boto3
 
-            with as_user_error(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
-                secrets = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # SageMaker's name
-                token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
-            os.environ["HF_TOKEN"] = token  # of this process, which pushes, and no other
-        with as_user_error(
-            f"cannot create {args.hub_model_id} on the Hub, with HF_TOKEN or the login of 'hf auth login'"
-        ):
-            huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
-            huggingface_hub.auth_check(args.hub_model_id, write=True)  # create_repo is content with any that exists
+        with as_user_error(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
+            secrets = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # SageMaker's name
+            token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
+        os.environ["HF_TOKEN"] = token  # of this process, which pushes, and no other
+    with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
+        created = huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
+        huggingface_hub.auth_check(created.repo_id, write=True)  # create_repo is content with any that exists
+    return created.repo_id
 
 
 def main(argv=None):
     args = parse_args(argv)
     quiet_libraries()
     torch.serialization.set_crc32_options(False)  # CRCs take half of torch.save's time; torch.load ignores them
-    device = choose_device()  # before the group is formed: gloo aborts who still connects when one process leaves
-    with process_group(device):
-        run(args, device)
+    with errors_as_lines():
+        device = choose_device()  # before the group is formed: gloo aborts who still connects when one process leaves
+        with contextlib.ExitStack() as held, process_group(device):
+            args = replace(args, precision=choose_precision(args.precision, device))
+            say(f"on {device_name(device)}, in {args.precision}, processes: {dist.get_world_size()}")
+            args = replace(args, hub_model_id=from_rank0(lambda: check_before_start(args, device, held)))
+            if args.teacher_epochs:
+                fine_tune_teacher(args, device)
+            run(args, device)
 
 
 if __name__ == "__main__":
