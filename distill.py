@@ -126,18 +126,8 @@ class Config:
 
 
 # The defaults under --demo; flags given beside it take precedence.
-DEMO = {
-    "teacher_id": "demo",
-    "student_id": "teacher",
-    "student_layers": 2,
-    "dataset_id": "demo",
-    "test_split": "test",
-    "teacher_epochs": 2,
-    "teacher_learning_rate": 1e-4,
-    "epochs": 5,
-    "batch_size": 64,
-    "learning_rate": 2e-4,
-}
+DEMO = {"teacher_id": "demo", "student_id": "teacher", "student_layers": 2, "dataset_id": "demo", "test_split": "test"}
+DEMO |= {"teacher_epochs": 2, "teacher_learning_rate": 1e-4, "epochs": 5, "batch_size": 64, "learning_rate": 2e-4}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +147,8 @@ def run(args, device):
     identity = identity_of(args, task)
     if task.teacher is None and from_rank0(lambda: is_finished(args, identity)):
         return
-    checkpoint = from_rank0(lambda: read_checkpoint(args, identity))  # None, unless a run of this identity was killed
+    checkpoint = from_rank0(lambda: read(Path(args.checkpoint_dir, "checkpoint.pt")))  # of a killed run; else None
+    check_same_command(args, checkpoint, identity)
     parameters = {"student": task.student.num_parameters()}
     scores, seconds, live_teacher, trials = {}, {}, None, []
 
@@ -204,18 +195,10 @@ def fine_tune_teacher(args, device):
     say("the teacher is fine-tuned first")
     students = ("student_layers", "test_split", "unlabeled_id", "unlabeled_config", "unlabeled_split", "cache_teacher")
     students += ("temperature", "n_trials", "hub_model_id", "teacher_epochs", "teacher_learning_rate")
-    its_args = replace(
-        args,
-        **{name: getattr(Config, name) for name in students},  # the defaults: the student's flags have no part in it
-        teacher_id=None,
-        student_id=args.teacher_id,
-        alpha=1.0,
-        epochs=args.teacher_epochs,
-        learning_rate=args.teacher_learning_rate,
-        output_dir=args.finished_teacher,
-        checkpoint_dir=args.finished_teacher,
-    )
-    run(its_args, device)
+    its = {name: getattr(Config, name) for name in students}  # the defaults: the student's flags have no part in it
+    its |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
+    its |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
+    run(replace(args, **its, output_dir=args.finished_teacher, checkpoint_dir=args.finished_teacher), device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,23 +475,6 @@ def train(args, training, splits, live_teacher=None):
         yield row
 
 
-def on_all_ranks(model, examples, args):
-    """The model as it is called in training: compiled, if asked for, and with its gradients averaged over the ranks."""
-    if dist.get_world_size() == 1:
-        return torch.compile(model, dynamic=True) if args.compile else model
-    # DDP waits for every gradient, but some models have parameters that no classification reaches: they take no part.
-    inputs, _, _ = examples.batch(torch.tensor([0]))
-    forward(model.eval(), inputs).sum().backward()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-    model.zero_grad()
-    ddp_model = torch.compile(model, dynamic=True) if args.compile else model
-    ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
-    # Set here, since torch 2.9 and 2.13 name the constructor's flag differently: BERT's buffers are constants.
-    ddp_model.broadcast_buffers = False
-    return ddp_model
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The task: what rank 0 reads and sends to the other ranks
 
@@ -526,12 +492,10 @@ class Task:
     student_splits: dict  # role -> Examples; the same dictionary where both models have the same tokenizer
 
     def to(self, device):
-        for splits in (self.teacher_splits, self.student_splits):
-            for split in splits.values():
-                split.tokens, split.labels = split.tokens.to(device), split.labels.to(device)
-        if self.teacher is not None:
-            self.teacher.to(device)
-        self.student.to(device)
+        for split in (*self.teacher_splits.values(), *self.student_splits.values()):
+            split.tokens, split.labels = split.tokens.to(device), split.labels.to(device)
+        for model in filter(None, (self.teacher, self.student)):
+            model.to(device)
         return self
 
 
@@ -569,10 +533,8 @@ def read_task(args):
     max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
 
     def tokenized(tokenizer):
-        return {
-            role: Examples(data.tokenize(tokenizer, split.texts, max_length), split.labels)
-            for role, split in splits.items()
-        }
+        tokens = {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
+        return {role: Examples(tokens[role], split.labels) for role, split in splits.items()}
 
     same = data.same_tokenizer(teacher_tokenizer, student_tokenizer)  # asked before they are used
     teacher_splits = student_splits = tokenized(teacher_tokenizer)
@@ -625,13 +587,11 @@ def search(args, task, device, identity):
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
     def open_study(sampler=None):
+        file = optuna.storages.journal.JournalFileBackend(str(path))
+        name = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
+        options = {"storage": optuna.storages.JournalStorage(file), "study_name": name, "load_if_exists": True}
         return optuna.create_study(
-            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
-            study_name=digest(json.dumps(command), *[split.teacher_logits for split in splits.values()]),
-            direction="maximize",
-            pruner=optuna.pruners.MedianPruner(),
-            sampler=sampler,
-            load_if_exists=True,
+            sampler=sampler, pruner=optuna.pruners.MedianPruner(), direction="maximize", **options
         )
 
     def objective(trial):
@@ -660,12 +620,9 @@ def search(args, task, device, identity):
     say(f"search: {done} of {args.n_trials} trials are done, in {path}")
     with alone(device) as (rank, world_size), writing(path):
         sampler = optuna.samplers.TPESampler(seed=step_seed(args.seed, len(states), rank))  # never the same draws
-        open_study(sampler).optimize(
-            objective,
-            n_trials=len(range(rank, args.n_trials - done, world_size)),
-            catch=(UserError,),  # diverged
-            callbacks=[lambda study, trial: say(f"trial {trial.number}: {trial.state.name.lower()}")],
-        )
+        ended = [lambda study, trial: say(f"trial {trial.number}: {trial.state.name.lower()}")]
+        share = len(range(rank, args.n_trials - done, world_size))
+        open_study(sampler).optimize(objective, share, catch=(UserError,), callbacks=ended)  # UserError: it diverged
     student.load_state_dict(initial)
     study = open_study()  # by now finished: every process reads the same
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
@@ -691,18 +648,11 @@ def finish(args, task, scores, seconds, parameters, device, trials, identity):
                 results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
     examples = {role: len(split.labels) for role, split in task.student_splits.items()}
     modules = (torch, transformers, datasets, huggingface_hub)
-    results |= {
-        "seconds": seconds,
-        "classes": task.class_names,
-        "examples": {**examples, "train": task.labeled, "unlabeled": examples["train"] - task.labeled},
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "processes": dist.get_world_size(),
-        "versions": {module.__name__: module.__version__ for module in modules},
-        "arguments": asdict(args),
-        "identity": identity,
-        "search": trials,
-    }
+    results |= {"seconds": seconds, "classes": task.class_names}
+    results["examples"] = {**examples, "train": task.labeled, "unlabeled": examples["train"] - task.labeled}
+    results |= {"device": device_name(device), "threads": torch.get_num_threads(), "processes": dist.get_world_size()}
+    results["versions"] = {module.__name__: module.__version__ for module in modules}
+    results |= {"arguments": asdict(args), "identity": identity, "search": trials}
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
     if "teacher" in scores:
         report(args, results)
@@ -720,13 +670,10 @@ def report(args, results):
         say(f"note: on eval the student is better than its teacher, which may hold it back: {todo}\n")
     if args.hub_model_id:
         with writing(f"to the Hub, but the student is safe in {args.output_dir}"):
-            huggingface_hub.HfApi().upload_folder(
-                repo_id=args.hub_model_id,
-                folder_path=args.output_dir,
-                allow_patterns=["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"],
-                # The teacher's folder, TensorBoard's files; and all arguments, which name folders of this machine.
-                ignore_patterns=["*/*", "results.json"],
-            )
+            pushed = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
+            # Not teacher/ and runs/, nor all arguments, which name folders of this machine.
+            options = {"allow_patterns": pushed, "ignore_patterns": ["*/*", "results.json"]}
+            huggingface_hub.HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
         say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
 
@@ -764,27 +711,19 @@ def write_model_card(args, results):
     """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
     teacher, dataset = data.hub_id(args.teacher_id, "model"), data.hub_id(args.dataset_id, "dataset")
     on_hub = dataset is not None and args.dataset_id != "demo"  # where the scored splits are; the demo's are its own
-    scores = [
-        huggingface_hub.EvalResult(
-            task_type="text-classification",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_config=args.dataset_config,
-            dataset_split=split,
-            metric_type=kind,
-            metric_name=title,
-            metric_value=results["student"][f"{role}_{name}"],
-        )
-        for role, split in (("eval", args.eval_split), ("test", args.test_split))
-        for name, kind, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1"))
-        if split and on_hub
-    ]
+    where = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
+    student, scores, kind = results["student"], [], "text-classification"
+    for role, split in (("eval", args.eval_split), ("test", args.test_split)) if on_hub else ():
+        for name, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
+            if split:
+                its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{name}"]}
+                scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
     metadata = huggingface_hub.ModelCardData(
         model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
         base_model=teacher if args.student_id == "teacher" else data.hub_id(args.student_id, "model"),
         datasets=dataset and [dataset],
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=kind,
         tags=["knowledge-distillation"],
         eval_results=scores,
     )
@@ -882,11 +821,12 @@ def lock(folder, held):
     """Hold the folder for this process, until `held` is closed. Raises UserError if another one holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     held.callback(os.close, descriptor)
-    with contextlib.suppress(OSError):  # a file system without locks
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing in {folder}: wait, or choose another --output_dir") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing in {folder}: wait, or choose another --output_dir") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def is_finished(args, identity):
@@ -899,15 +839,8 @@ def is_finished(args, identity):
     return found
 
 
-def read_checkpoint(args, identity):
-    """The state that an unfinished run left, or None. Raises UserError if it is another command's."""
-    state = read(Path(args.checkpoint_dir, "checkpoint.pt"))
-    check_same_command(args, state, identity)
-    return state
-
-
-def check_same_command(args, state, identity):
-    old = state["identity"] if state else identity
+def check_same_command(args, checkpoint, identity):
+    old = checkpoint["identity"] if checkpoint else identity
     differences = [f"{name} was {old.get(name)}, is {new}" for name, new in identity.items() if old.get(name) != new]
     todo = "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
     path = Path(args.checkpoint_dir, "checkpoint.pt")
@@ -1005,10 +938,8 @@ def process_group(device):
         store = join(device, "start")  # noqa: F841, kept since without torchrun rank 0's is the one that all meet in
     try:
         yield
-    except UserError:  # of all ranks
-        raise
-    except Exception:
-        if dist.get_world_size() > 1:
+    except Exception as error:
+        if dist.get_world_size() > 1 and not isinstance(error, UserError):  # which all ranks have
             # Only this rank has failed. An orderly exit waits for the others, who wait for it; torchrun ends them.
             traceback.print_exc()
             os._exit(1)
@@ -1050,6 +981,21 @@ def alone(device):
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(world_size)], datetime.timedelta(days=30))
     join(device, "again")
+
+
+def on_all_ranks(model, examples, args):
+    """The model as it is called in training: compiled, if asked for, and with its gradients averaged over the ranks."""
+    ddp_model = torch.compile(model, dynamic=True) if args.compile else model
+    if dist.get_world_size() > 1:
+        # DDP waits for all gradients. Some models have parameters that no classification reaches: they take no part.
+        forward(model.eval(), examples.batch(torch.tensor([0]))[0]).sum().backward()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        model.zero_grad()
+        ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
+        # Set here, since torch 2.9 and 2.13 name the constructor's flag differently: BERT's buffers are constants.
+        ddp_model.broadcast_buffers = False
+    return ddp_model
 
 
 def from_rank0(make, timeout=None):
