@@ -385,8 +385,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
     def state_dict(self):
-        state = {name: getattr(part, "state_dict", lambda part=part: part)() for name, part in vars(self).items()}
-        return {**state, "stop": False}
+        parts = vars(self) | {"stop": False}  # a run that goes on has not been stopped
+        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load_state_dict(self, state):
         for name, part in vars(self).items():
@@ -741,6 +741,8 @@ The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g};
 
 {results_table(results)}
 
+Use: `transformers.pipeline("text-classification", "{metadata.model_name}", truncation=True)`
+
 Training: {", ".join(f"{flag} {getattr(args, flag)}" for flag in flags)}.
 """
     write(card, Path(args.output_dir, "README.md"))
@@ -813,8 +815,10 @@ def stopping_at_a_row(training):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     before = signal.signal(signal.SIGTERM, stop)
-    yield
-    signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def lock(folder, held):
@@ -1036,12 +1040,15 @@ def broadcast(value, group):
 
     if dist.get_rank() == 0:
         Pickler(file).dump(value)
-        message = [(file.getvalue(), {key: (type(t), t.shape, t.dtype) for key, t in tensors.items()})]
+        kinds = [(type(t) is torch.nn.Parameter, t.requires_grad, t.shape, t.dtype) for t in tensors.values()]
+        message = [(file.getvalue(), dict(zip(tensors, kinds, strict=True)))]
     dist.broadcast_object_list(message, 0, group)
     pickled, kinds = message[0]
-    tensors = tensors or {key: kind(torch.empty(shape, dtype=dtype)) for key, (kind, shape, dtype) in kinds.items()}
-    for tensor in tensors.values():
-        dist.broadcast(tensor.detach().reshape(-1).view(torch.uint8), 0, group)
+    for key, (is_parameter, requires_grad, shape, dtype) in kinds.items():
+        if dist.get_rank() != 0:
+            empty = torch.empty(shape, dtype=dtype)
+            tensors[key] = torch.nn.Parameter(empty, requires_grad) if is_parameter else empty
+        dist.broadcast(tensors[key].detach().reshape(-1).view(torch.uint8), 0, group)
     return Unpickler(io.BytesIO(pickled)).load()
 
 
