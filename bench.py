@@ -4,7 +4,8 @@
     python bench.py --teacher_id T --student_id S1,S2 --dataset_id nyu-mll/glue --dataset_config sst2
 
 Models are measured as they would be served: in eval mode, under inference_mode, with weights in the given precision.
-All of them get the same texts, each batch padded to its longest.
+All of them get the same texts, each batch padded to its longest, and are compared with the first: the teacher, or
+without one the first student.
 """
 
 import copy
@@ -45,7 +46,7 @@ class Config:
     """Measure the size, latency and accuracy of a teacher and its students. Lists are comma-separated."""
 
     # Models
-    teacher_id: str = flag(None, "Hub id or local folder: the model that the students are compared with")
+    teacher_id: str = flag(None, "Hub id or local folder; without it, students are compared with the first of them")
     student_id: list = flag(None, "Hub ids or local folders")
     # Data
     dataset_id: str = flag(None, "Hub id, or local folder or file; without it there is no accuracy")
@@ -71,16 +72,13 @@ class Config:
     model_card: str = flag(None, "put the tables into DIR/README.md, in place of older ones", metavar="DIR")
 
     def __post_init__(self):
-        self.student_id = self.student_id or []
         self.lengths = self.lengths or (["real"] if self.dataset_id else []) + ["16", "64", "128"]
-        models = [self.teacher_id, *self.student_id]
+        self.models = [name for name in (self.teacher_id, *(self.student_id or [])) if name]
         numbers = [size for size in self.lengths if size != "real"]
-        data.check(self.teacher_id, "no model is named: give --teacher_id and --student_id, or use --demo")
-        data.check(len(set(models)) == len(models), "--student_id: a model is named twice")
-        data.check(
-            all(size.isdecimal() and int(size) >= 1 for size in self.batch_sizes), "--batch_sizes: numbers from 1"
-        )
-        data.check(all(size.isdecimal() and int(size) >= 3 for size in numbers), "--lengths: numbers from 3, or 'real'")
+        data.check(self.models, "no model is named: give --teacher_id and --student_id, one of them, or --demo")
+        data.check(len(set(self.models)) == len(self.models), "--student_id: a model is named twice")
+        data.check(all(n.isdecimal() and int(n) >= 1 for n in self.batch_sizes), "--batch_sizes: numbers from 1")
+        data.check(all(n.isdecimal() and int(n) >= 3 for n in numbers), "--lengths: numbers from 3, or 'real'")
         data.check(self.dataset_id or numbers == self.lengths, "--lengths real needs a data set: give --dataset_id")
         self.batch_sizes = [int(size) for size in self.batch_sizes]
         self.lengths = [size if size == "real" else int(size) for size in self.lengths]
@@ -129,9 +127,9 @@ def run(args, device, conditions):
     for (_, size), batches in tqdm(texts.items(), unit=" cells", leave=False, disable=None):
         cells += measure_cell(variants, batches, size, device, args)
     rows = [{**cells[i], **variant.figures} for i, variant in enumerate(variants)]
-    text = report(rows, cells, conditions, args)
     results = {**conditions, "arguments": asdict(args), "models": rows, "cells": cells}
     distill.write(json.dumps(results, indent=2), Path(args.output))
+    text = report(rows, cells, conditions, args)
     if args.model_card:
         put_into_card(text, Path(args.model_card, "README.md"))
     print(text, json.dumps({"models": rows}), sep="\n")
@@ -143,7 +141,7 @@ class Variant:
 
     name: str
     tokenizer: transformers.PreTrainedTokenizerBase
-    order: list  # logits[:, order] are those of the data set's classes, or without a data set of the teacher's
+    order: list  # logits[:, order] are those of the data set's classes, or without a data set of the first model's
     network: Callable  # of a batch's inputs, by name
     precision: str = "fp32"
     runtime: str = "PyTorch"  # or compiled, or ONNX Runtime
@@ -152,19 +150,18 @@ class Variant:
 
 
 def load_models(args, class_names):
-    """The teacher, then the students, as Variants on the CPU: all have the same classes and read --lengths tokens."""
+    """All models as Variants on the CPU: they have the same classes and read --lengths tokens."""
     models = []
-    for name in (args.teacher_id, *args.student_id):
+    for name in args.models:
         network, tokenizer = data.load_model(name)
         own_names = data.class_names(network.config)
         class_names = class_names or own_names
         order = data.match_classes(own_names, class_names)
-        names, wanted, limit = ", ".join(own_names), ", ".join(class_names), tokenizer.model_max_length
-        longest = max(size for size in (3, *args.lengths) if size != "real")
-        data.check(
-            order, f"{name} has the classes {names}, not {wanted}: leave it out, or rename them in its config.json"
-        )
-        data.check(longest <= limit, f"--lengths {longest}: {name} reads {limit} tokens at most")
+        mismatch = f"{name} has the classes {', '.join(own_names)}, not {', '.join(class_names)}"
+        data.check(order, f"{mismatch}: leave it out, or rename them in its config.json")
+        limit = tokenizer.model_max_length
+        fits = all(size == "real" or size <= limit for size in args.lengths)
+        data.check(fits, f"--lengths: {name} reads {limit} tokens at most")
         figures = {"parameters": network.num_parameters()}
         figures["without_embeddings"] = network.num_parameters(exclude_embeddings=True)
         models.append(Variant(name, tokenizer, order, network, figures=figures))
@@ -230,10 +227,10 @@ def measure_cell(variants, texts, size, device, args):
         cells.append(cell)
         if "error" in cell["model"]:
             continue
-        p50, teacher = cell["model"]["p50_ms"], cells[0]["model"]
+        p50, first = cell["model"]["p50_ms"], cells[0]["model"]
         cell["examples_per_second"] = 1000 * batch_size / p50
-        if "error" not in teacher:
-            cell["speed_up"] = teacher["p50_ms"] / p50
+        if "error" not in first:
+            cell["speed_up"] = first["p50_ms"] / p50
         if device.type == "cuda":
             cell["peak_megabytes"] = peak_megabytes(variant, inputs[variant])
     return cells
@@ -289,16 +286,16 @@ def peak_megabytes(variant, batches):
 # Accuracy
 
 
-def compare(logits, teacher_logits, labels):
-    """distill.score() of a model, the confidence interval of its accuracy, and how it differs from its teacher."""
-    right, teacher_right = [each.argmax(-1) == labels for each in (logits, teacher_logits)]
-    alone, teacher_alone = int((right & ~teacher_right).sum()), int((teacher_right & ~right).sum())
+def compare(logits, first_logits, labels):
+    """distill.score() of a model, the confidence interval of its accuracy, and how it differs from the first model."""
+    right, first_right = [each.argmax(-1) == labels for each in (logits, first_logits)]
+    alone, first_alone = int((right & ~first_right).sum()), int((first_right & ~right).sum())
     return {
-        **distill.score(logits, labels, teacher_logits),
+        **distill.score(logits, labels, first_logits),
         "accuracy_interval": wilson(int(right.sum()), len(labels)),
         "alone_right": alone,
-        "teacher_alone_right": teacher_alone,
-        "mcnemar_p": mcnemar(alone, teacher_alone),
+        "first_alone_right": first_alone,
+        "mcnemar_p": mcnemar(alone, first_alone),
     }
 
 
@@ -343,7 +340,7 @@ COLUMNS = {
     "macro-F1": "{macro_f1:.3f}",
     "agreement": "{agreement:.3f}",
     "as in fp32": "{agreement_with_fp32:.3f}",
-    "alone right": "{alone_right} : {teacher_alone_right}",
+    "alone right": "{alone_right} : {first_alone_right}",
     "p": "{mcnemar_p:.2g}",
 }
 GRID_ONLY = ("batch", "tokens", "p90 ms", "p99 ms", "calls", "examples/s", "tokenizer p50 ms", "both p50 ms", "peak MB")
@@ -351,12 +348,16 @@ GRID_ONLY = ("batch", "tokens", "p90 ms", "p99 ms", "calls", "examples/s", "toke
 
 def report(rows, cells, conditions, args):
     """The Markdown text: the headlines, a row for each model, the conditions of the measurement, and the grid."""
+    names = public_names(args)
+    rows, cells = [[{**row, "name": names[row["name"]]} for row in part] for part in (rows, cells)]
+    named = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    command = re.sub(f"(?<![^ ,='])({named})(?![^ ,'])", lambda found: names[found[0]], conditions["command"])
     where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
-    base = f"{args.teacher_id} in {shown(rows[0], 'precision')}"
+    base = f"{rows[0]['name']} in {shown(rows[0], 'precision')}"
     headlines = []
     for row in rows:
         kind = shown(row, "precision")
-        compared = kind in (shown(rows[0], "precision"), "int8, ONNX Runtime") and row["name"] != args.teacher_id
+        compared = kind in (shown(rows[0], "precision"), "int8, ONNX Runtime") and row["name"] != rows[0]["name"]
         if compared and "speed_up" in row:
             headlines.append(f"**{row['name']} in {kind} is {row['speed_up']:.2f} times as fast as {base}** ({where}).")
     notes = [
@@ -365,15 +366,24 @@ def report(rows, cells, conditions, args):
     ]
     if args.dataset_id:
         notes += [
-            f"Accuracy: on the {args.eval_split} split of {args.dataset_id}, with Wilson's 95% interval.",
-            "Agreement: share of answers equal to the teacher's; as in fp32: to those of the model's own fp32 file.",
-            "Alone right: examples that only this model : only the teacher got right; p: McNemar's exact test.",
+            f"Accuracy: on the {args.eval_split} split of {names[args.dataset_id]}, with Wilson's 95% interval.",
+            f"Agreement: share of answers equal to those of {base}; as in fp32: to those of the model's own fp32 file.",
+            f"Alone right: examples that only this model : only {base} got right; p: McNemar's exact test.",
         ]
     versions = ", ".join(f"{package} {version}" for package, version in conditions["versions"].items())
     threads = f"{args.threads} CPU threads, load average {conditions['load_average']:.1f} before the start"
-    notes.append(f"Measured on {conditions['device']}, {threads}, {versions}: `{conditions['command']}`")
+    notes.append(f"Measured on {conditions['device']}, {threads}, {versions}: `{command}`")
     notes = "\n".join(f"- {note}" for note in notes)
     return "\n\n".join([*headlines, table(rows, GRID_ONLY), notes, table(cells)])
+
+
+def public_names(args):
+    """What a card says for each path among the flags: its last part, or as many as tell all apart; Hub ids stay."""
+    given = [value for value in (*args.models, args.dataset_id, args.model_card, args.output) if value]
+    paths = [Path(os.path.abspath(os.path.expanduser(value))) for value in given]
+    parts = [path.parts if path.exists() else (value,) for value, path in zip(given, paths, strict=True)]
+    n = next(n for n in itertools.count(1) if len({each[-n:] for each in parts}) == len(set(parts)))
+    return {value: "/".join(each[-n:]) for value, each in zip(given, parts, strict=True)}
 
 
 def table(rows, leave_out=()):
@@ -407,12 +417,14 @@ TOLERANCE = 1e-3  # of logits; another order of the same sums makes a difference
 def in_onnx_runtime(model, split, args):
     """A model of load_models() exported to ONNX, as Variants in fp32 and int8; none where it cannot be exported.
 
-    The files stay in onnx/ in the model's folder, or for a Hub id in onnx_models/ beside --output.
+    The files stay in onnx/ in a student's folder; of a teacher, whose folder may be another's, and of a Hub id in
+    onnx_models/ beside --output.
     """
     folder = Path(model.name).expanduser()
-    if model.name == "demo" or not folder.is_dir():
-        # Not in a folder named like the id: from then on transformers would load it in place of the Hub's model.
-        folder = Path(args.output).parent / "onnx_models" / model.name
+    here = folder.is_dir() and model.name != "demo"
+    if not here or model.name == args.teacher_id:
+        # Not in a folder named like a Hub id: from then on transformers would load it in place of the Hub's model.
+        folder = Path(args.output).parent / "onnx_models" / (folder.resolve().name if here else model.name)
         with data.writing(folder):
             model.network.config.save_pretrained(folder)
             model.tokenizer.save_pretrained(folder)
@@ -427,6 +439,7 @@ def in_onnx_runtime(model, split, args):
         return []
     finally:
         logging.disable(logging.NOTSET)
+    distill.say(f"{model.name} in ONNX: {folder / 'onnx'}")
     variants = []
     for precision, file in ONNX_FILES.items():
         path = folder / "onnx" / file
@@ -446,17 +459,21 @@ def in_onnx_runtime(model, split, args):
 
 def export(model, folder, args):
     """Write ONNX_FILES. Raises UserError if the fp32 one does not give PyTorch's logits, alone and padded."""
-    from onnxruntime.quantization import quantize_dynamic  # only --onnx needs it
+    import onnxscript  # only --onnx needs these
+    from onnxruntime.quantization import quantize_dynamic
 
     texts = [" ".join(map(str, range(n))) for n in range(1, 80, 10)]
-    example = encode(model.tokenizer, [texts[:2]], args.max_length)
+    example = dict(encode(model.tokenizer, [texts[:2]], args.max_length))
     axes = {name: {0: "batch", 1: "length"} for name in example}
     with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory(dir=folder) as temporary:
         fp32, int8 = [Path(temporary, file) for file in ONNX_FILES.values()]
-        program = torch.onnx.export(
-            model.network, kwargs=dict(example), output_names=["logits"], dynamic_shapes=axes, verbose=False
+        onnx = torch.onnx.export(
+            model.network, kwargs=example, output_names=["logits"], dynamic_shapes=axes, verbose=False
         )
-        program.save(fp32, external_data=False)
+        onnxscript.ir.passes.common.ClearMetadataAndDocStringPass()(
+            onnx.model
+        )  # stack traces, which name this machine's paths
+        onnx.save(fp32, external_data=False)
         network = open_session(fp32, args.threads)
         for size in (1, 8):
             inputs = encode(model.tokenizer, [texts[:size]], args.max_length)
@@ -502,9 +519,7 @@ def check_before_start(args, device):
     data.check(args.device in ("auto", device.type), "--device cuda: torch sees no CUDA GPU here; use --device cpu")
     data.check(not args.onnx or device.type == "cpu", "--onnx measures on the CPU: add --device cpu")
     data.check(not args.onnx or all(packages), "--onnx needs packages: pip install onnx onnxscript onnxruntime")
-    data.check(
-        not lacking, f"this {device.type} has no arithmetic in {', '.join(lacking)}: choose from {', '.join(DTYPES)}"
-    )
+    data.check(not lacking, f"this {device.type} does not compute in {', '.join(lacking)}: try {', '.join(DTYPES)}")
     data.check(os.access(folder, os.W_OK), f"cannot write {args.output}: make its folder, or choose another --output")
     data.check(not args.model_card or card.is_file(), f"--model_card: there is no {card} to put the tables into")
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -253,7 +254,7 @@ def test_comparison_by_hand():
     assert (scores["accuracy"], scores["agreement"]) == pytest.approx((5 / 6, 3 / 6))
     # Class 0: 3 right, none missed, 1 false alarm: F1 = 6 / 7. Class 1: 2 right, 1 missed, none false: 4 / 5.
     assert scores["macro_f1"] == pytest.approx((6 / 7 + 4 / 5) / 2)
-    assert (scores["alone_right"], scores["teacher_alone_right"], scores["mcnemar_p"]) == (2, 1, 1.0)
+    assert (scores["alone_right"], scores["first_alone_right"], scores["mcnemar_p"]) == (2, 1, 1.0)
     assert scores["accuracy_interval"] == bench.wilson(5, 6)
 
 
@@ -271,6 +272,37 @@ def test_model_card_gets_the_table_once(tmp_path):
     card.write_text("<!-- bench --> was never closed\n")
     bench.put_into_card("three", card)
     assert "was never closed" in card.read_text() and "three" in card.read_text()
+
+
+def test_a_card_names_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine/a student", "mine/reviews", "teacher"):
+        Path(folder).mkdir(parents=True)
+    flags = ["--teacher_id=org/model", "--student_id", f"./teacher,{tmp_path}/mine/a student", "--model_card", "."]
+    args = distill.parse_args([*flags, "--dataset_id", f"{tmp_path}/mine/reviews"], bench.Config)
+    assert bench.public_names(args) == {
+        "org/model": "org/model",
+        "./teacher": "teacher",
+        f"{tmp_path}/mine/a student": "a student",
+        f"{tmp_path}/mine/reviews": "reviews",
+        ".": tmp_path.name,
+        "bench.json": "bench.json",
+    }
+    row = {"name": f"{tmp_path}/mine/a student", "precision": "fp32", "runtime": "PyTorch", "model": {}}
+    command = shlex.join(["python", "bench.py", *flags, "--dataset_id", args.dataset_id, "--output=bench.json"])
+    conditions = {"device": "cpu", "versions": {}, "load_average": 0.5, "command": command}
+    text = bench.report([{**row, "name": "org/model"}, row], [row], conditions, args)
+    short = f"--teacher_id=org/model --student_id 'teacher,a student' --model_card {tmp_path.name} --dataset_id reviews"
+    assert f"`python bench.py {short} --output=bench.json`" in text
+    assert "| a student |" in text and "split of reviews," in text and str(tmp_path) not in text
+
+
+def test_models_in_folders_of_the_same_name_are_told_apart(tmp_path):
+    folders = [tmp_path / run / "student" for run in ("alpha=0.3", "alpha=0.5")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    names = bench.public_names(bench_args(str(folders[0]), "--student_id", str(folders[1])))
+    assert [names[str(folder)] for folder in folders] == ["alpha=0.3/student", "alpha=0.5/student"]
 
 
 # Whole runs
@@ -326,6 +358,7 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
     for stated in ("batch 2, real lengths", "test CPU (cpu), 1 CPU threads, load average ", torch.__version__):
         assert stated in markdown
     assert card.read_text() == f"# Teacher\n\n<!-- bench -->\n{markdown}\n<!-- /bench -->\n"
+    assert str(tmp_path) not in markdown and "only teacher in fp32, PyTorch got right" in markdown
 
     results = json.loads(Path("bench.json").read_text())
     assert results["models"] == rows and len(results["cells"]) == 4 * 4 * 3
@@ -363,6 +396,18 @@ def test_classes_are_compared_by_name_not_by_position(run, save_tiny, reviews_fo
     teacher, student = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
     assert student["agreement"] == 0
     assert student["accuracy"] == pytest.approx(1 - teacher["accuracy"])
+
+
+def test_without_a_teacher_the_first_student_is_what_others_are_compared_with(run, save_tiny, reviews_folder, capsys):
+    students = [save_tiny(name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    run("--student_id", ",".join(students), "--dataset_id", reviews_folder, "--lengths", 8, "--batch_sizes", 1)
+    text, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    one, two = json.loads(last)["models"]
+    assert (one["name"], one["agreement"], one["speed_up"], one["alone_right"]) == (students[0], 1, 1, 0)
+    assert two["agreement"] < 1 and two["speed_up"] == one["model"]["p50_ms"] / two["model"]["p50_ms"]
+    assert f"**two in fp32, PyTorch is {two['speed_up']:.2f} times as fast as one in fp32, PyTorch**" in text
+    assert text.count("times as fast") == 1 and "teacher" not in text
+    assert "answers equal to those of one in fp32, PyTorch" in text
 
 
 def swap_classes(source, folder):
@@ -473,13 +518,23 @@ def bench_args(model, *more):
     return distill.parse_args(["--teacher_id", model, "--lengths", "8", "--threads", "1", *more], bench.Config)
 
 
-def test_onnx_rows(run, save_tiny, reviews_folder, capsys):
+def test_onnx_rows(run, save_tiny, reviews_folder, capsys, tmp_path):
     """One student's classes stand in the other order: the file keeps it, the scores do not see it."""
     teacher = save_tiny("teacher", classes=("negative", "positive"))
     student = swap_classes(teacher, "swapped")
     data_set = ["--dataset_id", reviews_folder, "--lengths", "real,8", "--batch_sizes", "1,3"]
+    before = sorted(Path(teacher).rglob("*"))
     run("--teacher_id", teacher, "--student_id", student, *data_set, "--onnx")
     output = capsys.readouterr().out
+    assert sorted(Path(teacher).rglob("*")) == before  # the folder of a teacher may be another's
+    folders = {teacher: Path("onnx_models", "teacher", "onnx"), student: Path(student, "onnx")}
+    for name, folder in folders.items():
+        assert f"{name} in ONNX: {folder}\n" in output
+        assert sorted(os.listdir(folder)) == ["model.onnx", "model_quantized.onnx"]
+        for file in folder.iterdir():
+            for place in (str(ROOT), str(tmp_path), sys.prefix, "site-packages", ".py"):
+                assert place.encode() not in file.read_bytes()
+    assert {"config.json", "tokenizer.json"} <= set(os.listdir("onnx_models/teacher"))
     results = json.loads(Path("bench.json").read_text())
     assert results["versions"]["onnxruntime"] in output and len(results["cells"]) == 4 * 6
     rows = {(row["name"], row["precision"], row["runtime"]): row for row in results["models"]}
@@ -493,12 +548,11 @@ def test_onnx_rows(run, save_tiny, reviews_folder, capsys):
         assert 0.7 < int8["agreement_with_fp32"] <= 1 and f" {int8['agreement_with_fp32']:.3f} |" in output
         assert "agreement_with_fp32" not in fp32
         for row, file in ((fp32, "model.onnx"), (int8, "model_quantized.onnx")):
-            assert row["megabytes"] == Path(name, "onnx", file).stat().st_size / 1e6
+            assert row["megabytes"] == (folders[name] / file).stat().st_size / 1e6
         teacher_p50 = rows[teacher, "fp32", "PyTorch"]["model"]["p50_ms"]
         assert int8["speed_up"] == pytest.approx(teacher_p50 / int8["model"]["p50_ms"])
-        assert sorted(os.listdir(Path(name, "onnx"))) == ["model.onnx", "model_quantized.onnx"]
     texts = bench.encode(data.load_model(teacher)[1], [["a fine film", "dull"]], 64)
-    ours, theirs = [bench.open_session(f"{name}/onnx/model.onnx", 1)(**texts) for name in (teacher, student)]
+    ours, theirs = [bench.open_session(folder / "model.onnx", 1)(**texts) for folder in folders.values()]
     torch.testing.assert_close(ours, theirs)  # the student is a copy of the teacher that names its outputs otherwise
 
 
@@ -533,14 +587,14 @@ def test_onnx_files_appear_only_when_complete(fails, save_tiny, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(onnxruntime.quantization, "quantize_dynamic", fill)
-    assert "No space left" in fails("--teacher_id", model, "--lengths", 8, "--batch_sizes", 1, "--onnx")
+    assert "No space left" in fails("--student_id", model, "--lengths", 8, "--batch_sizes", 1, "--onnx")
     assert sorted(model.rglob("*")) == before
     assert {(model / "onnx" / file).read_text() for file in bench.ONNX_FILES.values()} == {"earlier"}
 
 
 def test_onnx_ends_with_a_line(fails, save_tiny, monkeypatch):
     model = save_tiny("model")
-    flags = ["--teacher_id", model, "--lengths", 8, "--batch_sizes", 1, "--onnx"]
+    flags = ["--student_id", model, "--lengths", 8, "--batch_sizes", 1, "--onnx"]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
         assert "pip install onnx onnxscript onnxruntime" in fails(*flags)
@@ -560,7 +614,7 @@ def test_onnx_ends_with_a_line(fails, save_tiny, monkeypatch):
 def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, tmp_path, monkeypatch):
     model = save_tiny("model")
     small = ["--teacher_id", model, "--lengths", 8, "--batch_sizes", 1]
-    assert "--teacher_id" in fails("--lengths", 8)
+    assert "no model is named" in fails("--lengths", 8)
     assert "nowhere" in fails(*small, "--student_id", tmp_path / "nowhere")
     assert "named twice" in fails(*small, "--student_id", model)
     other = save_tiny("other", classes=("sport", "politics"))
@@ -579,8 +633,8 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, t
     assert "fp32, bf16, fp16" in fails(*small, "--precision", "fp32,int8")
     assert "--batch_sizes" in fails(*small, "--batch_sizes", "1,x")
     monkeypatch.setattr(distill, "multiplies_bf16", lambda device: False)
-    assert "this cpu has no arithmetic in bf16" in fails(*small, "--precision", "fp32,bf16")
-    assert "this cpu has no arithmetic in : choose from" in fails(*small, "--precision", "fp32,")
+    assert "this cpu does not compute in bf16" in fails(*small, "--precision", "fp32,bf16")
+    assert "this cpu does not compute in : try" in fails(*small, "--precision", "fp32,")
     assert "File name too long" in fails(*small, "--dataset_id", "x" * 300)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "GPU" in fails(*small, "--device", "cuda")
