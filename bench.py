@@ -4,8 +4,7 @@
     python bench.py --teacher_id T --student_id S1,S2 --dataset_id nyu-mll/glue --dataset_config sst2
 
 Models are measured as they would be served: in eval mode, under inference_mode, with weights in the given precision.
-All of them get the same texts, each batch padded to its longest, and are compared with the first: the teacher, or
-without one the first student.
+All get the same texts, each batch padded to its longest, and are compared with the teacher, or else the first student.
 """
 
 import copy
@@ -381,7 +380,7 @@ def public_names(args):
     """What a card says for each path among the flags: its last part, or as many as tell all apart; Hub ids stay."""
     given = [value for value in (*args.models, args.dataset_id, args.model_card, args.output) if value]
     paths = [Path(os.path.abspath(os.path.expanduser(value))) for value in given]
-    parts = [path.parts if path.exists() else (value,) for value, path in zip(given, paths, strict=True)]
+    parts = [path.parts[1:] if path.exists() else (value,) for value, path in zip(given, paths, strict=True)]
     n = next(n for n in itertools.count(1) if len({each[-n:] for each in parts}) == len(set(parts)))
     return {value: "/".join(each[-n:]) for value, each in zip(given, parts, strict=True)}
 
@@ -411,20 +410,17 @@ def put_into_card(text, path):
 # ONNX Runtime
 
 ONNX_FILES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}  # in onnx/: what transformers.js loads by default
-TOLERANCE = 1e-3  # of logits; another order of the same sums makes a difference of about 1e-5
 
 
 def in_onnx_runtime(model, split, args):
     """A model of load_models() exported to ONNX, as Variants in fp32 and int8; none where it cannot be exported.
 
-    The files stay in onnx/ in a student's folder; of a teacher, whose folder may be another's, and of a Hub id in
-    onnx_models/ beside --output.
+    The files go to onnx/ in a student's folder, or to onnx_models/ beside --output: a teacher's may be another's.
     """
     folder = Path(model.name).expanduser()
-    here = folder.is_dir() and model.name != "demo"
-    if not here or model.name == args.teacher_id:
+    if model.name in (args.teacher_id, "demo") or not folder.is_dir():
         # Not in a folder named like a Hub id: from then on transformers would load it in place of the Hub's model.
-        folder = Path(args.output).parent / "onnx_models" / (folder.resolve().name if here else model.name)
+        folder = Path(args.output).parent / "onnx_models" / public_names(args)[model.name]
         with data.writing(folder):
             model.network.config.save_pretrained(folder)
             model.tokenizer.save_pretrained(folder)
@@ -467,18 +463,16 @@ def export(model, folder, args):
     axes = {name: {0: "batch", 1: "length"} for name in example}
     with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory(dir=folder) as temporary:
         fp32, int8 = [Path(temporary, file) for file in ONNX_FILES.values()]
-        onnx = torch.onnx.export(
+        program = torch.onnx.export(
             model.network, kwargs=example, output_names=["logits"], dynamic_shapes=axes, verbose=False
         )
-        onnxscript.ir.passes.common.ClearMetadataAndDocStringPass()(
-            onnx.model
-        )  # stack traces, which name this machine's paths
-        onnx.save(fp32, external_data=False)
+        onnxscript.ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # stack traces with local paths
+        program.save(fp32, external_data=False)
         network = open_session(fp32, args.threads)
-        for size in (1, 8):
+        for size in (1, 8):  # another order of the same sums makes differences of about 1e-5
             inputs = encode(model.tokenizer, [texts[:size]], args.max_length)
             difference = (model.network(**inputs).logits - network(**inputs)).abs().max().item()
-            data.check(difference <= TOLERANCE, f"{model.name}: in ONNX its logits differ by {difference:.2g}")
+            data.check(difference <= 1e-3, f"{model.name}: in ONNX its logits differ by {difference:.2g}")
         # int8 are the weights of matrix products and embeddings. A scale for each column costs nothing and more than
         # halves the error. Seven bits: with eight, CPUs without VNNI instructions overflow in the sums of two products.
         quantize_dynamic(fp32, int8, per_channel=True, reduce_range=True)
