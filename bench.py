@@ -521,8 +521,8 @@ def check_before_start(args, device):
 def main(argv=None):
     args = distill.parse_args(argv, Config, DEMO)
     distill.quiet_libraries()
-    device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
-    with distill.process_group(device):
+    with distill.errors_as_lines("no figures are kept"):
+        device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
         check_before_start(args, device)
         packages = ("torch", "transformers", "onnxruntime") if args.onnx else ("torch", "transformers")
         cpu = f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())} (cpu)"
@@ -532,7 +532,8 @@ def main(argv=None):
             "load_average": os.getloadavg()[0],  # what competes for the CPUs spoils all figures, PyTorch's most
             "versions": {package: importlib.metadata.version(package) for package in packages},
         }
-        run(args, device, conditions)
+        with distill.process_group(device):
+            run(args, device, conditions)
 
 
 if __name__ == "__main__":

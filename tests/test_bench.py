@@ -639,3 +639,13 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, t
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "GPU" in fails(*small, "--device", "cuda")
     assert not Path("bench.json").exists()
+
+
+def test_ctrl_c_ends_with_a_line(run, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", interrupt)
+    with pytest.raises(SystemExit) as exit:
+        run("--student_id", "model")
+    assert exit.value.code == 130 and capsys.readouterr().err.endswith("interrupted: no figures are kept\n")
