@@ -1,6 +1,7 @@
 """What the teacher, text without labels and patience bring: one teacher, several seeds.
 
     python tests/bench_quality.py                      # students with and without the teacher, and their picture
+    python tests/bench_quality.py --table sst2 --sst2 FOLDER    # the same of SST-2, from three files (see --help)
     python tests/bench_quality.py --table demo         # candidates for the demo's own flags
     python tests/bench_quality.py --table tried        # true labels, temperatures and learning rates
     python tests/bench_quality.py --table classes      # 54 classes: 12,000 labels and more text (Debian or Ubuntu)
@@ -8,7 +9,8 @@
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
 missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). A table is
-a section of tests/quality.md; --draw only draws imgs/quality.svg again, from the first table there.
+a section of tests/quality.md; --report only writes it, from the runs that have ended; --draw only draws
+imgs/quality.svg again, from the first table there.
 """
 
 import argparse
@@ -29,7 +31,6 @@ from pathlib import Path
 import bench_speed
 import numpy as np
 import safetensors.torch
-import scipy.stats
 import torch
 from bench_speed import data, distill
 from tqdm import tqdm
@@ -37,8 +38,12 @@ from tqdm import tqdm
 OUTPUT = "outputs/quality"  # this and all other paths are below ROOT, where main() goes
 REPORT = Path("tests/quality.md")
 SENTENCES, HELD_OUT = 269_256, 20_000  # of the demo's text without labels; the last 20,000 are seen by no student
-CLASSES_DATA = f"{OUTPUT}/classes-data"
-TEACHER, FEW_TEACHER, ALL_TEACHER = (f"{OUTPUT}/{name}" for name in ("teacher", "few-teacher", "all-teacher"))
+CLASSES_DATA, SST2_DATA = f"{OUTPUT}/classes-data", f"{OUTPUT}/sst2-data"  # the second is a link to --sst2
+SST2_FILES = """train.tsv and validation.tsv are GLUE's (sentence and label; the Hub's nyu-mll/glue, sst2), test.tsv is
+  the 1,821 positive and negative test sentences of the Stanford Sentiment Treebank, whose labels GLUE hides"""
+TEACHER, SST2_TEACHER, FEW_TEACHER, ALL_TEACHER = (
+    f"{OUTPUT}/{name}" for name in ("teacher", "sst2-teacher", "few-teacher", "all-teacher")
+)
 
 ALONE = {"epochs": 10, "alpha": 1.0}
 PATIENT = {"batch_size": 128, "learning_rate": 3e-4}
@@ -46,17 +51,21 @@ TEACHER_ALONE = {"alpha": 0.0, "temperature": 2.0}
 # 54 classes, few labels or all. By eval: the teachers' epoch and rate (over 6e-4, two epochs of few labels); the
 # students' rate (over 2e-4, with 6,000 labels).
 FEW_LABELS, ALL_LABELS = ({"dataset_id": CLASSES_DATA, "train_split": split} for split in ("train[:12000]", "train"))
-FINE_TUNING = {"teacher_learning_rate": 3e-4, "save_steps": 100, "epochs": 1, "alpha": 1.0, "student_layers": 1}
-TEACHERS = {  # folder -> flags of the run that leaves it
+FINE_TUNING = {"teacher_learning_rate": 3e-4, "epochs": 1, "alpha": 1.0, "student_layers": 1}
+SST2_FINE_TUNING = {"dataset_id": SST2_DATA, **FINE_TUNING, "teacher_epochs": 3}
+TEACHERS = {  # folder -> flags of the run that leaves it; of a table's candidates, the best by eval is used
     TEACHER: {"epochs": 1},
+    **{f"{SST2_TEACHER}-{lr}": {**SST2_FINE_TUNING, "teacher_learning_rate": lr} for lr in ("2e-5", "5e-5", "1e-4")},
     FEW_TEACHER: {**FEW_LABELS, **FINE_TUNING, "teacher_epochs": 8},
     ALL_TEACHER: {**ALL_LABELS, **FINE_TUNING, "teacher_epochs": 4},
 }
-FEW = {**FEW_LABELS, "teacher_id": f"{FEW_TEACHER}/teacher", "epochs": 3, "learning_rate": 4e-4}
-ALL = {**FEW, **ALL_LABELS, "teacher_id": f"{ALL_TEACHER}/teacher"}
+FEW = {**FEW_LABELS, "epochs": 3, "learning_rate": 4e-4}
+ALL = {**FEW, **ALL_LABELS}
 ON_DESCRIPTIONS = {**FEW, **TEACHER_ALONE, "unlabeled_id": CLASSES_DATA, "unlabeled_split": "train[12000:]"}
 ON_SENTENCES = {**FEW, **TEACHER_ALONE, "epochs": 1}
 ON_SENTENCES |= {"unlabeled_id": f"{CLASSES_DATA}/sentences.txt", "unlabeled_split": "train[:30000]"}
+SST2 = {"dataset_id": SST2_DATA}
+SST2_ALONE = {**SST2, "epochs": 4, "alpha": 1.0}
 
 
 def on_text(count, seeds, **flags):
@@ -70,6 +79,7 @@ def tried(title, **flags):
     return f"the same with {title}", {**on_text(27_296, 3)[1], **flags}, 3
 
 
+SST2_TEXT = on_text(SENTENCES - HELD_OUT, 5, **SST2, **PATIENT)
 # name -> (title, flags, number of seeds)
 ROWS = {
     "alone": ("labels alone (alpha 1)", ALONE, 5),
@@ -86,6 +96,16 @@ ROWS = {
     "lr-4e-4": tried("a learning rate of 4e-4", learning_rate=4e-4),
     "lr-6e-4": tried("a learning rate of 6e-4", learning_rate=6e-4),
     "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 3),
+    "sst2-alone": ("labels alone (alpha 1)", SST2_ALONE, 5),
+    "sst2-both": ("labels and teacher (alpha 0.5, T 4)", {**SST2, "epochs": 4}, 3),
+    "sst2-taught": ("teacher alone (alpha 0, T 2)", {**SST2, "epochs": 4, **TEACHER_ALONE}, 3),
+    "sst2-text": SST2_TEXT,
+    "sst2-patient": ("labels alone (alpha 1), 5,270 steps", {**SST2_ALONE, **PATIENT, "epochs": 10}, 3),
+    "sst2-longer": ("labels alone (alpha 1), 8 epochs", {**SST2_ALONE, "epochs": 8}, 1),
+    "sst2-faster": ("labels alone (alpha 1), a learning rate of 4e-4", {**SST2_ALONE, "learning_rate": 4e-4}, 1),
+    "sst2-half": on_text((SENTENCES - HELD_OUT) // 2, 1, **SST2, **PATIENT),
+    "sst2-quarter": on_text((SENTENCES - HELD_OUT) // 4, 1, **SST2, **PATIENT),
+    "sst2-layer": (f"{SST2_TEXT[0]}, one layer", {**SST2_TEXT[1], "student_layers": 1}, 1),
     "few-alone": ("labels alone (alpha 1)", {**FEW, "alpha": 1.0}, 5),
     "few-patient": ("labels alone (alpha 1), 2,444 steps", {**FEW, "alpha": 1.0, "epochs": 13}, 3),
     "few-both": ("labels and teacher (alpha 0.5, T 4)", FEW, 5),
@@ -98,6 +118,7 @@ ROWS = {
 }
 TABLES = {  # name -> (title, rows), of which the first is the control
     "quality": ("Students with and without the teacher", "alone some-teacher patient-alone patient-100k patient"),
+    "sst2": ("SST-2", " ".join(name for name in ROWS if name.startswith("sst2-"))),
     "demo": ("Candidates for the demo's flags", "demo demo-text-teacher"),  # both take about as long as the demo
     "tried": ("Other changes", "some-teacher some T-1 T-4 lr-1e-4 lr-4e-4 lr-6e-4 both alone"),
     "classes": ("54 classes (Debian)", "few-alone few-patient few-both few-little few-taught few-sentences few-more"),
@@ -108,8 +129,10 @@ TABLES = {  # name -> (title, rows), of which the first is the control
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--table", choices=TABLES, default="quality", help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, choices=range(2, 6), help="runs a row, at most")
+    parser.add_argument("--sst2", type=os.path.abspath, metavar="FOLDER", help=f"of three files: {SST2_FILES}")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="runs a row, at most")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="only write the section, from the runs that have ended")
     parser.add_argument("--draw", action="store_true", help="only draw the picture, from tests/quality.md")
     args = parser.parse_args()
     os.chdir(bench_speed.ROOT)
@@ -124,13 +147,20 @@ def main():
 def write_table(args):
     """Make the runs of a table that are missing, and write its section."""
     title, names = TABLES[args.table]
-    folder = {"classes": FEW_TEACHER, "classes-all": ALL_TEACHER}.get(args.table, TEACHER)
-    classes = folder != TEACHER
-    if classes:
+    folder = {"sst2": SST2_TEACHER, "classes": FEW_TEACHER, "classes-all": ALL_TEACHER}.get(args.table, TEACHER)
+    candidates = [each for each in TEACHERS if each.startswith(folder)]
+    dataset = TEACHERS[candidates[0]].get("dataset_id", "demo")
+    if dataset == CLASSES_DATA:
         debian()
-    fine_tuning = run(folder, TEACHERS[folder])
-    teacher = answers(f"{folder}/teacher", classes)
-    runs = make_runs(names.split(), classes, args)
+    elif args.sst2:
+        os.makedirs(OUTPUT, exist_ok=True)
+        Path(SST2_DATA).unlink(missing_ok=True)
+        os.symlink(args.sst2, SST2_DATA)
+    candidates = [each for each in candidates if has_ended(each) or not args.report]
+    scores = {each: run(each, TEACHERS[each])["teacher"] for each in candidates}
+    folder = max(scores, key=lambda each: (scores[each]["eval_accuracy"], -scores[each]["eval_loss"]))
+    teacher = answers(f"{folder}/teacher", dataset)
+    runs = make_runs(names.split(), dataset, folder, args)
     control = next(iter(runs.values()))
     lines = [line(ROWS[name][0], runs[name], control, teacher) for name in runs]
 
@@ -138,84 +168,98 @@ def write_table(args):
     examples, versions = results["examples"], results["versions"]
     files = [f"{run['results']['student']['model']}/results.json" for own in runs.values() for run in own]
     date = datetime.date.fromtimestamp(max(map(os.path.getmtime, files)))
-    unseen = "the test sentences" if classes else f"{HELD_OUT:,} sentences of the demo's text that no student has seen"
-    interval = "the same bootstrap, paired" if classes else "Student's t over seeds, the test sentences being given"
+    held_out = f"{HELD_OUT:,} sentences of the demo's text that no student has seen"
+    unseen = held_out if dataset == "demo" else "the test sentences"
+    flags = {each: {**distill.DEMO, **TEACHERS[each]} for each in scores}
+    rates = " or\n  ".join(f"{flags[each]['teacher_learning_rate']} ({on_both(scores[each])})" for each in scores)
+    files_note = f"\n- {SST2_FILES}." if dataset == SST2_DATA else ""
     report = f"""{distill.table(lines)}
 
-- Mean ± standard deviation over seeds. One teacher for all: {100 * fine_tuning["teacher"]["test_accuracy"]:.2f}% right
-  on the {examples["test"]:,} test sentences, by eval accuracy the best of
-  {fine_tuning["arguments"]["teacher_epochs"]} epochs.
+- Mean ± standard deviation over seeds. One teacher for all: {100 * scores[folder]["test_accuracy"]:.2f}% right
+  on the {examples["test"]:,} test sentences, by accuracy on the {examples["eval"]:,} of eval the best of
+  {flags[folder]["teacher_epochs"]} epochs at a learning rate of
+  {rates}.
 - Every row trains on the {examples["train"]:,} labeled sentences; what a row names is added without labels.
-- % of the teacher's: with its 95% interval by a bootstrap over test sentences and seeds together.
+- % of the teacher's, on test: with its 95% interval by a bootstrap over test sentences and seeds together; of one
+  seed, over sentences alone.
 - Agreement: the same answer as the teacher's, on {unseen}.
-- Against the first row: the mean difference between runs of the same seed, with its 95% interval by
-  {interval}.
+- Against the first row, on test: the mean difference between runs of the same seed, with its 95% interval by the same
+  bootstrap, paired.
 - {date}, {results["device"]}, {args.processes} runs at a time, {results["threads"]} CPU thread(s) each,
   {results["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
-  `{shlex.join(["python", "tests/bench_quality.py", *sys.argv[1:]])}`
+  `{shlex.join(["python", "tests/bench_quality.py", *sys.argv[1:]])}`{files_note}
 """
     print(report)
     bench_speed.write_section(REPORT, title, report)
 
 
-def make_runs(names, classes, args):
+def make_runs(names, dataset, teacher, args):
     """All runs of these rows, seed by seed: name -> a list of results and answers."""
     plan = [(name, seed) for seed in range(1, args.seeds + 1) for name in names if seed <= ROWS[name][2]]
     folders = {each: "{}/{}-{}".format(OUTPUT, *each) for each in plan}
-    missing = [name for name, seed in plan if not os.path.exists(f"{folders[name, seed]}/results.json")]
+    missing = [each for each in plan if not has_ended(folders[each])]
     print(f"{len(missing)} of {len(plan)} runs are missing", flush=True)
-    of_text = ("teacher_id", "dataset_id", "train_split", "unlabeled_id", "unlabeled_split")
-    for text in {tuple((flag, ROWS[name][1].get(flag)) for flag in of_text) for name in missing}:
-        label_once({flag: value for flag, value in text if value})
+    if args.report:
+        plan, missing = [each for each in plan if each not in missing], []
+    of_text = ("dataset_id", "train_split", "unlabeled_id", "unlabeled_split")
+    for text in {tuple((flag, ROWS[name][1].get(flag)) for flag in of_text) for name, _ in missing}:
+        label_once({flag: value for flag, value in text if value}, teacher)
 
     threads = max(1, os.cpu_count() // args.processes)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the runs
-    runs = {name: [] for name in names}
+    runs = {name: [] for name in names if any(name == planned for planned, _ in plan)}
     with ThreadPoolExecutor(args.processes) as pool:
-        made = pool.map(lambda each: run(folders[each], {"seed": each[1], **ROWS[each[0]][1]}), plan)
+        made = pool.map(lambda each: run(folders[each], {"seed": each[1], **ROWS[each[0]][1]}, teacher), plan)
         for (name, seed), results in zip(plan, tqdm(made, "runs", len(plan)), strict=True):
-            runs[name].append({"results": results, "answers": answers(folders[name, seed], classes)})
+            runs[name].append({"results": results, "answers": answers(folders[name, seed], dataset)})
     return runs
+
+
+def has_ended(folder):
+    return os.path.exists(f"{folder}/results.json")
 
 
 def words(flags):
     return ["--demo"] + [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
 
 
-def run(folder, flags):
-    """Run distill.py, or continue it, unless the same command has run to its end before; returns its results.json."""
-    note, results, labels = [Path(folder, name) for name in ("command.json", "results.json", "teacher_logits")]
-    if folder not in TEACHERS:
-        flags = {"teacher_epochs": 0, "teacher_id": f"{TEACHER}/teacher", "save_steps": 500, **flags}
+def run(folder, flags, teacher=None):
+    """Run distill.py, or continue it, unless the same command has run to its end before; returns its results.json.
+
+    A student is taught by the teacher of another run's folder.
+    """
+    note, labels = Path(folder, "command.json"), Path(folder, "teacher_logits")
+    if teacher:
+        flags = {"teacher_epochs": 0, "teacher_id": f"{teacher}/teacher", **flags}
     if distill.read(note) != words(flags):
         shutil.rmtree(folder, ignore_errors=True)
         distill.write(json.dumps(words(flags)), note)
-    if not results.exists():
-        if folder not in TEACHERS and not labels.is_symlink():
+    if not has_ended(folder):
+        if teacher and not labels.is_symlink():
             labels.symlink_to("../teacher_logits")  # one for all: the files' names say what they depend on
         with open(f"{folder}/log.txt", "a", encoding="utf-8") as log:
             command = [sys.executable, "distill.py", *words(flags), "--output_dir", folder]
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    return distill.read(results)
+    return distill.read(Path(folder, "results.json"))
 
 
-def label_once(text):
+def label_once(text, teacher):
     """Let the teacher label the text of these flags before several runs at a time do."""
-    flags = {"teacher_epochs": 0, "teacher_id": f"{TEACHER}/teacher", "output_dir": OUTPUT, **text}
+    flags = {"teacher_epochs": 0, "teacher_id": f"{teacher}/teacher", "output_dir": OUTPUT, **text}
     args, device = distill.parse_args(words(flags)), distill.choose_device()
     args.precision = distill.choose_precision(args.precision, device)
     distill.label_with_teacher(args, distill.read_task(args).to(device))
 
 
-def answers(folder, classes):
+def answers(folder, dataset):
     """What the model in a folder answers: role -> [N] classes, on the test sentences and the demo's held-out ones."""
     path = f"{folder}/answers.safetensors"
     if not os.path.exists(path):
         model, tokenizer = data.load_model(folder)
-        splits, _ = data.load_splits(CLASSES_DATA if classes else "demo", None, {"train": "train", "test": "test"})
+        splits, _ = data.load_splits(dataset, None, {"train": "train", "test": "test"})
         texts, found = {"test": splits["test"].texts}, {"test_labels": splits["test"].labels}
-        if not classes:
+        if dataset == "demo":
             texts["held_out"] = data.take(data.read_demo("unlabeled"), f"train[-{HELD_OUT}:]")
         device = distill.choose_device()
         precision = distill.choose_precision("auto", device)
@@ -274,9 +318,9 @@ def shuffled(dictionary):
 
 def line(title, runs, control, teacher):
     """A row of a table."""
-    accuracy, f1, control_accuracy = [
-        [100 * run["results"]["student"][name] for run in group]
-        for group, name in ((runs, "test_accuracy"), (runs, "test_macro_f1"), (control, "test_accuracy"))
+    on_eval, on_test, f1 = [
+        mean_and_sd([100 * run["results"]["student"][name] for run in runs])
+        for name in ("eval_accuracy", "test_accuracy", "test_macro_f1")
     ]
     arguments, examples = runs[0]["results"]["arguments"], runs[0]["results"]["examples"]
     steps = arguments["epochs"] * math.ceil((examples["train"] + examples["unlabeled"]) / arguments["batch_size"])
@@ -287,19 +331,14 @@ def line(title, runs, control, teacher):
     teacher_right = np.broadcast_to(teacher["test"] == labels, right.shape)
     share, low, high = bootstrap(lambda ours, theirs: 100 * ours / theirs, right, teacher_right)
     pairs = min(len(runs), len(control))
-    if role == "test":
-        difference = bootstrap(lambda ours, theirs: 100 * (ours - theirs), right[:pairs], control_right[:pairs])
-    else:
-        differences = [ours - theirs for ours, theirs in zip(accuracy[:pairs], control_accuracy[:pairs], strict=True)]
-        mean = statistics.mean(differences)
-        half = scipy.stats.t.ppf(0.975, pairs - 1) * statistics.stdev(differences) / math.sqrt(pairs)
-        difference = mean, mean - half, mean + half
+    difference = bootstrap(lambda ours, theirs: 100 * (ours - theirs), right[:pairs], control_right[:pairs])
     return {
         "student": title,
         "steps": f"{steps:,} of {arguments['batch_size']}",
         "seeds": str(len(runs)),
-        "test accuracy %": mean_and_sd(accuracy),
-        "macro-F1 %": mean_and_sd(f1),
+        "eval accuracy %": on_eval,
+        "test accuracy %": on_test,
+        "macro-F1 %": f1,
         "% of the teacher's": f"{share:.1f} ({low:.1f}–{high:.1f})",
         "agreement %": mean_and_sd(agreement),
         "against the first row": "–" if runs is control else "{:+.2f} ({:+.2f} to {:+.2f})".format(*difference),
@@ -322,7 +361,12 @@ def bootstrap(compare, ours, theirs):
 
 
 def mean_and_sd(values):
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def on_both(scores):
+    return "{:.2f}% on eval, {:.2f}% on test".format(*[100 * scores[f"{role}_accuracy"] for role in ("eval", "test")])
 
 
 def draw():
