@@ -1,7 +1,7 @@
 """What the teacher, text without labels and patience bring: one teacher, several seeds.
 
     python tests/bench_quality.py                      # students with and without the teacher, and their picture
-    python tests/bench_quality.py --table sst2 --sst2 FOLDER    # the same of SST-2, from three files (see --help)
+    python tests/bench_quality.py --table sst2 --sst2 FOLDER  # SST-2, from the three files that --help names
     python tests/bench_quality.py --table demo         # candidates for the demo's own flags
     python tests/bench_quality.py --table tried        # true labels, temperatures and learning rates
     python tests/bench_quality.py --table classes      # 54 classes: 12,000 labels and more text (Debian or Ubuntu)
@@ -138,7 +138,7 @@ def main():
     os.chdir(bench_speed.ROOT)
     if not args.draw:
         distill.quiet_libraries()
-        with distill.process_group(distill.choose_device()):
+        with distill.errors_as_lines(), distill.process_group(distill.choose_device()):
             write_table(args)
     if args.draw or args.table == "quality":
         draw()
@@ -374,7 +374,7 @@ def draw():
     section = REPORT.read_text(encoding="utf-8").partition(f"## {TABLES['quality'][0]}\n")[2]
     teacher = float(re.search(r"One teacher for all: ([\d.]+)%", section)[1])
     rows = bench_speed.read_table(section, "student", "test accuracy %")
-    scores = [[float(number) for number in row["test accuracy %"].split(" ± ")] for row in rows]
+    scores = [[*map(float, f"{row['test accuracy %']} ± 0".split(" ± ")[:2])] for row in rows]  # of one seed: ± 0
     low = min(mean - spread for mean, spread in scores)
     high = max([teacher, *(mean + spread for mean, spread in scores)])
     with bench_speed.picture("quality", height=max(4.2, 1.1 + 0.44 * len(rows))) as axes:

@@ -140,23 +140,26 @@ def parts_of_a_run(argv):
     running = []
     wait = torch.cuda.synchronize if ON_GPU else lambda: None  # else a GPU's work counts where the host waits for it
 
-    def clock(owner, name, part):
-        function = getattr(owner, name)
-
-        def clocked(*args, **kwargs):
+    @contextlib.contextmanager
+    def timed(part):
+        wait()
+        start = time.perf_counter()
+        running.append(0.0)
+        try:
+            yield
+        finally:
             wait()
-            start = time.perf_counter()
-            running.append(0.0)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                wait()
-                elapsed = time.perf_counter() - start
-                seconds[part] = seconds.get(part, 0) + elapsed - running.pop()  # less what was clocked inside
-                if running:
-                    running[-1] += elapsed
+            elapsed = time.perf_counter() - start
+            seconds[part] = seconds.get(part, 0) + elapsed - running.pop()  # less what was clocked inside
+            if running:
+                running[-1] += elapsed
 
-        setattr(owner, name, clocked)
+    def clock(owner, name, part):
+        setattr(owner, name, timed(part)(getattr(owner, name)))
+
+    def clocked_rows(*args, train=distill.train):  # a generator works where its next row is asked for
+        rows = train(*args)
+        return iter(timed("rest of the loop")(lambda: next(rows, None)), None)
 
     clock(distill, "main", "rest")
     clock(data, "load_splits", "reading text")
@@ -164,10 +167,10 @@ def parts_of_a_run(argv):
     clock(data, "tokenize", "tokenizing")
     clock(distill, "label_with_teacher", "labeling")
     clock(distill, "training_step", "student's steps")
-    clock(distill, "train", "rest of the loop")
+    distill.train = clocked_rows
     clock(distill, "evaluate", "evaluation")
     clock(distill, "save_model", "saving the student")
-    clock(distill.RunFiles, "save_checkpoint", "checkpoints")
+    clock(distill.RunFiles, "add", "rows and checkpoints")
     clock(distill, "digest", "digests")
     clock(distill, "finish", "results and card")
     distill.main(argv)
