@@ -5,6 +5,7 @@ python sm_launch.py --spot --wait -- --alpha 0.3     # after a bare --: distill.
 python sm_launch.py --dry_run --region us-east-1     # print the request: needs no credentials, sends nothing
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import UserError, check
+from botocore.exceptions import BotoCoreError, ClientError
+
+from data import UserError, as_user_error, check
 from distill import fail, flag, parse_args
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +57,10 @@ class Launch:
 
     def __post_init__(self):
         for address in (self.train_data, self.output):
-            check(not address or address.startswith("s3://"), f"{address} must be like s3://bucket/folder")
+            well_formed = address is None or (address.startswith("s3://") and "//" not in address[4:])
+            check(well_formed, f"{address} must be like s3://bucket/folder")
+        self.output = self.output and self.output.rstrip("/")
+        self.train_data = self.train_data and self.train_data.rstrip("/") + "/"  # else reviews-old/ is read, too
         # The SDK appends the time, then cuts at SageMaker's 63 characters: a longer name would lose the time.
         check(len(self.job_name) <= 48, f"--job_name {self.job_name} must have at most 48 characters")
 
@@ -80,28 +86,47 @@ def hyperparameters_of(config, args):
     check(no_folders, "SageMaker sets --output_dir and --checkpoint_dir: leave them out, and see --output")
     check(config.hf_token_secret or not config.hub_model_id, "in a job, --hub_model_id needs --hf_token_secret")
     check(args.instance_count == 1 or not config.n_trials, "--n_trials needs one machine: leave out --instance_count")
-    check("'" not in json.dumps(given), "in a job, no value may have an apostrophe")
+    for name, value in given.items():
+        arrives = value
+        with contextlib.suppress(TypeError, ValueError):  # for a number; for text that is not JSON
+            arrives = json.dumps(json.loads(value))
+        survives = arrives == value and "'" not in str(value) and not str(value).startswith(("-", '"'))
+        check(survives, f"--{name} {value}: the SageMaker SDK would change this on its way to the job: rename it")
     return given
 
 
-def launch(args, config, hyperparameters, boto_session):
+def launch(args, config, hyperparameters):
     """Start the job and print where to find it. With --wait, print its log and fetch the student when it ends."""
+    import boto3  # like the SDK only where it is used: it takes seconds, and mistaken flags are reported at once
+
+    boto_session = boto3.Session()
+    if args.dry_run:
+        answer_calls(boto_session, args.role)
     with tempfile.TemporaryDirectory() as code:
         trainer = make_trainer(args, config, hyperparameters, code, boto_session)
         trainer.train(wait=False, logs=False)
     job = trainer._latest_training_job
+    if not job:  # interrupted, or a dry run: train() swallows what is no Exception
+        sys.exit(0 if args.dry_run else 130)
     name, region = job.training_job_name, boto_session.region_name
     domains = {"aws-cn": "amazonaws.cn", "aws-us-gov": "amazonaws-us-gov.com"}
     domain = domains.get(boto_session.get_partition_for_region(region), "aws.amazon.com")
     print(f"job:    {name}")
-    print(f"model:  {trainer.output_data_config.s3_output_path.rstrip('/')}/{name}/output/model.tar.gz")
+    model = f"{trainer.output_data_config.s3_output_path}/{name}/output/model.tar.gz"
+    print(f"model:  {model}")
     print(f"page:   https://{region}.console.{domain}/sagemaker/home?region={region}#/jobs/{name}", flush=True)
     if not args.wait:
         return
     logger = logging.getLogger("sagemaker.core.resources")
-    logger.handlers = [LogPrinter()]
+    # The waiting SDK replaces sys.stdout: its panel stays below what print() prints. A filter's None drops the record.
+    logger.addFilter(lambda record: print(record.getMessage().split(":\n", 1)[-1], flush=True))
     logger.setLevel(logging.INFO)
-    job.wait(logs=True)  # raises if the job fails
+    try:
+        job.wait(logs=True)  # raises if the job fails
+    except (KeyboardInterrupt, BotoCoreError, ClientError) as error:  # such as a lost network
+        stop = f"aws sagemaker stop-training-job --region {region} --training-job-name {name}"
+        message = f"{str(error) or 'interrupted'}: the job goes on, to {model}; this stops it: {stop}"
+        fail(message, code=130 if isinstance(error, KeyboardInterrupt) else 2)
     if job.training_job_status != "Completed":
         fail(f"{name}: {job.training_job_status} ({job.secondary_status}): see its log")
     folder = f"outputs/{name}"
@@ -127,6 +152,14 @@ def make_trainer(args, config, hyperparameters, code, boto_session):
         Path(code, requirements).write_text("\n".join(pin for pin in pins if pin.startswith(LACKING)))
     session = Session(boto_session, default_bucket=args.bucket)
     merge_dicts(session.sagemaker_config, OPT_OUT)  # of telemetry; the user's own configuration of the SDK holds too
+    prefix = (session.default_bucket_prefix or "").split("/")
+    session.default_bucket_prefix = "/".join(filter(None, prefix)) or None  # team/nlp/ would make addresses with //
+    # Of what the configuration has for jobs, the SDK sends only a part. It has the form of a request: add all of it.
+    configured = dict(session.sagemaker_config["SageMaker"].get("TrainingJob", {}))
+    configured.pop("RoleArn", None)  # found by the SDK, and --role goes before it
+    event = "before-parameter-build.sagemaker.CreateTrainingJob"
+    boto_session.events.register(event, lambda params, **_: merge_dicts(params, configured))
+    upload_key = configured.get("OutputDataConfig", {}).get("KmsKeyId")
     where = {"region": boto_session.region_name, "instance_type": args.instance_type}
     seconds = math.ceil(args.max_hours * 3600)
     trainer = ModelTrainer(
@@ -147,7 +180,7 @@ def make_trainer(args, config, hyperparameters, code, boto_session):
             max_runtime_in_seconds=seconds,
             max_wait_time_in_seconds=2 * seconds if args.spot else None,  # includes the running time
         ),
-        output_data_config=configs.OutputDataConfig(s3_output_path=args.output),
+        output_data_config=configs.OutputDataConfig(s3_output_path=args.output, kms_key_id=upload_key),
     )
     if args.train_data:
         trainer.input_data_config = [configs.InputData(channel_name="training", data_source=args.train_data)]
@@ -157,16 +190,9 @@ def make_trainer(args, config, hyperparameters, code, boto_session):
         key = [flags, args.train_data, args.instance_type, args.instance_count]
         key += [(HERE / name).read_text() for name in CODE]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        address = f"{trainer.output_data_config.s3_output_path.rstrip('/')}/checkpoints/{digest[:16]}"
+        address = f"{trainer.output_data_config.s3_output_path}/checkpoints/{digest[:16]}"
         trainer.checkpoint_config = configs.CheckpointConfig(s3_uri=address)
     return trainer
-
-
-class LogPrinter(logging.Handler):
-    """Prints the job's log. With print(), because the SDK, waiting, replaces sys.stdout to keep its panel below it."""
-
-    def emit(self, record):
-        print(record.getMessage().split(":\n", 1)[-1], flush=True)  # without the stream's name, on a line of its own
 
 
 def fetch(job, trainer, folder):
@@ -181,18 +207,15 @@ def fetch(job, trainer, folder):
         S3Downloader.download(f"{checkpoints.s3_uri}/teacher/", f"{folder}/teacher", sagemaker_session=session)
 
 
-class DryRun(Exception):
-    """Carries the body of the request that would have created the job."""
-
-
 def answer_calls(boto_session, role):
-    """Answer this session's calls to AWS on this machine; the one that creates the job raises DryRun."""
+    """Answer this session's calls to AWS on this machine; print the one that creates the job, and end."""
     arn = f"arn:aws:iam::111122223333:role/{role or 'YOUR_ROLE'}"  # the account in AWS's documentation
     answer_to_all = {"Account": "111122223333", "Arn": arn, "Role": {"Arn": arn}, "Buckets": []}
 
     def answer(event_name, params, **_):
         if event_name.endswith(".CreateTrainingJob"):
-            raise DryRun(params["body"])
+            print(json.dumps(json.loads(params["body"]), indent=2))
+            sys.exit()
         return SimpleNamespace(status_code=200), answer_to_all
 
     boto_session.events.register("before-call", answer)
@@ -202,28 +225,15 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     args, config = parse_args(argv[:split], Launch), parse_args(argv[split + 1 :])
-    try:
-        hyperparameters = hyperparameters_of(config, args)
-    except UserError as error:
-        fail(error)
     if args.region:
         os.environ["AWS_DEFAULT_REGION"] = args.region  # parts of the SDK make sessions of their own
-    # Imported only now, and the SDK in functions, because that takes seconds: mistaken flags are reported at once.
-    import boto3
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-    from sagemaker.core.helper.iam_role_resolver import RoleValidationError
-    from sagemaker.core.utils.exceptions import SageMakerCoreError
-
     try:
-        boto_session = boto3.Session()
-        if args.dry_run:
-            answer_calls(boto_session, args.role)
-        launch(args, config, hyperparameters, boto_session)
-    except DryRun as request:
-        print(json.dumps(json.loads(request.args[0]), indent=2))
-    except (Boto3Error, BotoCoreError, ClientError, RoleValidationError, SageMakerCoreError, ValueError) as error:
-        fail(f"AWS: {' '.join(str(error).split())[:500]}")
+        hyperparameters = hyperparameters_of(config, args)
+        with as_user_error("AWS"):
+            launch(args, config, hyperparameters)
+    except UserError as error:
+        hint = "give --role: " if any(word in str(error) for word in ("IAM role", "assume role", "PassRole")) else ""
+        fail(hint + str(error).split(" Required permissions")[0])  # a list that would be cut
 
 
 if __name__ == "__main__":

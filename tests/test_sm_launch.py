@@ -1,5 +1,6 @@
 """sm_launch.py with the real SDK against moto's AWS, and the job that it starts, run here as SageMaker would run it."""
 
+import contextlib
 import functools
 import io
 import json
@@ -34,6 +35,7 @@ from transformers import AutoModelForSequenceClassification
 
 import distill
 import sm_launch
+from data import UserError
 
 ACCOUNT = "123456789012"  # moto's
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/trainer"
@@ -62,7 +64,7 @@ def no_aws(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr(sys, "argv", ["sm_launch.py"])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("sagemaker.core.resources"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("sagemaker.core.resources"), "filters", [])
     (tmp_path / "sdk.yaml").touch()
     monkeypatch.setenv("SAGEMAKER_USER_CONFIG_OVERRIDE", str(tmp_path / "sdk.yaml"))
 
@@ -121,8 +123,9 @@ def violations(shape, value, where="request"):
     limits = shape.metadata
     if size is not None and not limits.get("min", size) <= size <= limits.get("max", size):
         yield f"{where}: {size} is not between {limits.get('min')} and {limits.get('max')}"
-    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
-        yield f"{where}: {value} is not like {limits['pattern']}"
+    pattern = limits.get("pattern", "(?s:.*)").replace(r"\p{L}\p{Z}\p{N}", r"\w\s")  # Java's names, in those of tags
+    if not re.fullmatch(pattern, str(value)):
+        yield f"{where}: {value} is not like {pattern}"
     if "enum" in limits and value not in limits["enum"]:
         yield f"{where}: {value} is none of {limits['enum']}"
 
@@ -164,7 +167,7 @@ def test_no_flags_train_the_published_pair_on_four_gpus(aws, capsys):
 def test_every_flag_reaches_the_request(aws):
     """Together the flags make a valid request, with a job name of the greatest length and a time that rounds up."""
     command = f"""--instance_count 2 --instance_type ml.g6.xlarge --volume_gb 100 --image my/image:1 --spot
-        --max_hours 0.0001 --job_name {48 * "x"} --output s3://mine/results/ --train_data s3://data/reviews/
+        --max_hours 0.0001 --job_name {48 * "x"} --output s3://mine/results/ --train_data s3://data/reviews
         -- --label_column stars"""
     request = aws(*command.split())
     assert request["ResourceConfig"] == {"InstanceType": "ml.g6.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 100}
@@ -172,14 +175,16 @@ def test_every_flag_reaches_the_request(aws):
     assert request["EnableManagedSpotTraining"]  # which waits longer than it runs
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 1, "MaxWaitTimeInSeconds": 2}
     assert request["CheckpointConfig"]["LocalPath"] == "/opt/ml/checkpoints"
+    assert request["OutputDataConfig"]["S3OutputPath"] == "s3://mine/results"
     assert re.fullmatch("s3://mine/results/checkpoints/[0-9a-f]{16}", request["CheckpointConfig"]["S3Uri"])
     assert re.fullmatch(r"x{48}-\d{14}", request["TrainingJobName"])
     [channel] = [channel for channel in request["InputDataConfig"] if channel["ChannelName"] == "training"]
-    assert channel["DataSource"]["S3DataSource"]["S3Uri"] == "s3://data/reviews/"
+    assert channel["DataSource"]["S3DataSource"]["S3Uri"] == "s3://data/reviews/"  # a prefix: not reviews-old/
     assert request["HyperParameters"] == {"label_column": "stars", "dataset_id": "/opt/ml/input/data/training"}
 
 
 def hyperparameters_of(command):
+    """command: sm_launch.py's flags, a bare --, distill.py's."""
     argv, _, distill_argv = command.partition("-- ")
     args = distill.parse_args(shlex.split(argv), sm_launch.Launch)
     return sm_launch.hyperparameters_of(distill.parse_args(shlex.split(distill_argv)), args)
@@ -193,10 +198,31 @@ def test_the_job_reads_the_flags_as_given(aws):
     sent = aws("--", *argv)["HyperParameters"]
     given = {word.split("=")[0][2:] for word in argv if word.startswith("--")}
     assert sent.keys() == given - {"temperature"}  # which is the default
-    # What the SDK does with them in the container: environment.py reads the JSON file, the driver makes a command line.
+    assert distill.parse_args(command_in_the_job(sent)) == distill.parse_args(argv)
+
+
+def command_in_the_job(sent):
+    """What the SDK does in the container: environment.py reads the JSON file, the driver makes a command line."""
     arrived = {name: safe_deserialize(value) for name, value in sent.items()}
-    command = hyperparameters_to_cli_args(json.loads(json.dumps(arrived)))
-    assert distill.parse_args(command) == distill.parse_args(argv)
+    return hyperparameters_to_cli_args(json.loads(json.dumps(arrived)))
+
+
+@pytest.mark.parametrize("value", ["1.10", "1e3", '"a"', "-0", " 7", '["a","b"]', '"1"', "-x", "it's"])
+def test_a_value_that_would_change_on_its_way_is_refused(value, capsys):
+    def column():  # as distill.py would read it in the job, where '...' stands around each value
+        command = command_in_the_job({"label_column": value})
+        return distill.parse_args(command).label_column if "'" not in value else None
+
+    with pytest.raises(SystemExit) if value == "-x" else contextlib.nullcontext():
+        assert column() != value
+    with pytest.raises(UserError, match="would change this"):
+        hyperparameters_of(shlex.join(["--", f"--label_column={value}"]))
+
+
+@pytest.mark.parametrize("value", ["1.1", "10", "null", "a,b", "[a]", "007", "", "train[:90%]", 'say "a"', "1000.0"])
+def test_a_value_that_arrives_is_sent(value):
+    sent = hyperparameters_of(shlex.join(["--", f"--label_column={value}"]))
+    assert distill.parse_args(command_in_the_job(sent)).label_column == value
 
 
 def test_another_data_set_needs_no_configuration():
@@ -303,6 +329,8 @@ def refusal(capsys, monkeypatch):
         ("--max_hours 0", "above 0"),
         (f"--job_name {'x' * 49}", "at most 48"),
         ("--output results", "s3://bucket/folder"),
+        ("--output s3://mine//results", "s3://bucket/folder"),
+        ("--train_data s3://mine/reviews//", "s3://bucket/folder"),
         ("--train_data ./reviews", "s3://bucket/folder"),
         ("--train_data s3://data -- --dataset_id imdb", "leave one of them out"),
         ("-- --output_dir x", "leave them out"),
@@ -311,7 +339,7 @@ def refusal(capsys, monkeypatch):
         ("-- --unlabeled_id here.csv", "--train_data"),
         ("-- --teacher_id /opt/ml/input/data/training/teacher", "--train_data"),
         ("--instance_count 2 -- --n_trials 50", "one machine"),
-        ('-- --label_column "it\'s"', "apostrophe"),
+        ("-- --label_column 1.10", "rename it"),
         ("-- --hub_model_id me/it", "--hf_token_secret"),
     ],
 )
@@ -341,25 +369,47 @@ def test_no_region(no_aws, refusal, monkeypatch):
 
 
 def test_no_role(aws, refusal):
-    assert "No IAM role could be resolved" in refusal([])  # moto's caller is a user, who has no role
+    message = refusal([])  # moto's caller is a user, who has no role
+    assert "error: give --role: " in message and message.endswith("(you may be running as an IAM user or root).\n")
     assert "'absent' does not exist" in refusal(["--role", "absent"])
     with pytest.raises(boto3.client("s3").exceptions.NoSuchBucket):
         uploaded()
 
 
-def test_what_aws_refuses_is_one_line(aws, refusal, monkeypatch):
+@pytest.fixture
+def aws_refuses(monkeypatch):
+    """aws_refuses(operation, error): from now on that call to AWS fails."""
+
+    def set_up(refused, error):
+        make = botocore.client.BaseClient._make_api_call
+
+        def refuse(client, operation, parameters):
+            if operation == refused:
+                raise error
+            return make(client, operation, parameters)
+
+        monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", refuse)
+
+    return set_up
+
+
+def client_error(code, message):
+    return botocore.client.ClientError({"Error": {"Code": code, "Message": message}}, "Create")
+
+
+def test_what_aws_refuses_is_one_line(aws, refusal, aws_refuses):
     message = "The account-level service limit 'ml.g5.12xlarge for training job usage' is 0 Instances, with current "
     message += "utilization of 0 Instances and a request delta of 1 Instances. Please use AWS Service Quotas."
-    error = botocore.client.ClientError({"Error": {"Code": "ResourceLimitExceeded", "Message": message}}, "Create")
-    make = botocore.client.BaseClient._make_api_call
+    aws_refuses("CreateTrainingJob", client_error("ResourceLimitExceeded", message))
+    error = refusal(["--role", "trainer"])
+    assert message.rstrip(".") in error and "--role" not in error
 
-    def refuse(client, operation, parameters):
-        if operation == "CreateTrainingJob":
-            raise error
-        return make(client, operation, parameters)
 
-    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", refuse)
-    assert message in refusal(["--role", "trainer"])
+def test_a_role_that_sagemaker_cannot_use(aws, refusal, aws_refuses):
+    """As somebody signed in by SSO has: a role for people."""
+    message = "Could not assume role arn:aws:iam::1:role/AWSReservedSSO_Admin. Please ensure that the role exists"
+    aws_refuses("CreateTrainingJob", client_error("ValidationException", message))
+    assert "error: give --role: " in refusal(["--role", "trainer"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,6 +425,44 @@ def test_the_users_defaults_hold_and_nothing_is_sent_home(aws, tmp_path, monkeyp
     [request] = [parameters for operation, parameters in calls if operation == "CreateTrainingJob"]
     assert request["RoleArn"] == ROLE and request["Environment"] == {"TEAM": "nlp"}
     assert sent == []
+
+
+NETWORK = {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]}
+KEY, OTHER_KEY = "arn:aws:kms:us-east-1:1:key/output", "arn:aws:kms:us-east-1:1:key/disk"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VpcConfig", NETWORK),
+        ("Tags", [{"Key": "team", "Value": "nlp"}, {"Key": "cost", "Value": "7"}]),
+        ("OutputDataConfig", {"KmsKeyId": KEY}),
+        ("ResourceConfig", {"VolumeKmsKeyId": OTHER_KEY}),
+        ("EnableInterContainerTrafficEncryption", True),
+        ("EnableNetworkIsolation", True),
+    ],
+)
+def test_a_companys_rules_are_in_the_request(aws, calls, tmp_path, name, value):
+    rules = {"RoleArn": "arn:aws:iam::111122223333:role/default", name: value}
+    (tmp_path / "sdk.yaml").write_text(yaml.dump({"SchemaVersion": "1.0", "SageMaker": {"TrainingJob": rules}}))
+    request = aws("--volume_gb", "40")
+    in_request = {key: request[name][key] for key in value} if isinstance(value, dict) else request[name]
+    assert in_request == value
+    assert request["RoleArn"] == ROLE and request["ResourceConfig"]["VolumeSizeInGB"] == 40  # flags go first
+    uploads = [parameters for operation, parameters in calls if operation == "PutObject"]
+    used = ("aws:kms", KEY) if name == "OutputDataConfig" else (None, None)
+    assert {(put.get("ServerSideEncryption"), put.get("SSEKMSKeyId")) for put in uploads} == {used}
+
+
+def test_no_address_has_an_empty_folder(aws, tmp_path):
+    session = {"DefaultS3ObjectKeyPrefix": "/team//nlp/"}
+    sdk = {"PythonSDK": {"Modules": {"Session": session}}}
+    (tmp_path / "sdk.yaml").write_text(yaml.dump({"SchemaVersion": "1.0", "SageMaker": sdk}))
+    boto3.client("s3").create_bucket(Bucket=BUCKET)  # where a prefix is configured, the SDK makes no bucket
+    request = aws("--spot")
+    addresses = re.findall('s3://([^"]+)', json.dumps(request))
+    assert len(addresses) == 4 and all(address.startswith(f"{BUCKET}/team/nlp/distill") for address in addresses)
+    assert not any("//" in address for address in [*addresses, *uploaded()])
 
 
 @pytest.mark.parametrize(
@@ -396,9 +484,10 @@ def test_dry_run_prints_the_very_request_and_calls_nothing(no_aws, calls, capsys
     def no_network(*args):
         raise AssertionError("a connection was opened")
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(socket.socket, "connect", no_network)
         sm_launch.main(["--dry_run", *argv])
+    assert not end.value.code
     printed = capsys.readouterr().out
     sent = json.dumps(request.getfixturevalue("aws")(*argv))
     placeholders = {"111122223333": ACCOUNT, r"distill-\d{14}": "distill-TIME"}
@@ -469,6 +558,30 @@ def test_wait_tells_why_a_job_did_not_complete(aws, at_its_end, capsys, status, 
     assert status in error and reason in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (client_error("ExpiredTokenException", "The security token is expired"), 2, "token is expired"),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="https://aws"), 2, "Could not connect"),
+    ],
+)
+def test_a_job_goes_on_when_the_waiting_ends(aws, at_its_end, aws_refuses, capsys, error, code, reason):
+    names = []
+
+    def act(name):
+        names.append(name)
+        aws_refuses("DescribeTrainingJob", error)
+
+    at_its_end(act)
+    with pytest.raises(SystemExit) as end:
+        aws("--wait", "--output", "s3://mine/results/")
+    [line], [name] = capsys.readouterr().err.splitlines(), names
+    assert end.value.code == code and reason in line and "the job goes on" in line
+    assert f"s3://mine/results/{name}/output/model.tar.gz" in line
+    assert line.endswith(f"aws sagemaker stop-training-job --region us-east-1 --training-job-name {name}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The job itself: its files from S3, laid out as SageMaker does, and its own command, on this machine's CPU
 
@@ -527,7 +640,7 @@ class Node:
             "current_host": host,
             "current_instance_type": request["ResourceConfig"]["InstanceType"],
             "hosts": hosts,
-            "network_interface_name": "eth0",
+            "network_interface_name": "lo",
         }
         channels = {channel["ChannelName"]: {"TrainingInputMode": "File"} for channel in request["InputDataConfig"]}
         hyperparameters = {name: self.here(value) for name, value in request["HyperParameters"].items()}
@@ -588,7 +701,6 @@ def test_the_job_runs_is_interrupted_resumes_and_pushes(aws, moto_server, hub, r
         "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "job",
         "AWS_SECRET_ACCESS_KEY": "job",
-        "GLOO_SOCKET_IFNAME": "lo",
     }
     command = """--spot --instance_count 2 --train_data s3://reviews/small/ -- --teacher_id tiny/teacher
         --student_id tiny/student --epochs 4 --batch_size 16 --precision fp32 --alpha 0.25
