@@ -87,8 +87,8 @@ def hyperparameters_of(config, args):
     check(config.hf_token_secret or not config.hub_model_id, "in a job, --hub_model_id needs --hf_token_secret")
     check(args.instance_count == 1 or not config.n_trials, "--n_trials needs one machine: leave out --instance_count")
     for name, value in given.items():
-        arrives = value
-        with contextlib.suppress(TypeError, ValueError):  # for a number; for text that is not JSON
+        arrives = value  # in the job, where the SDK's drivers decode it as JSON, twice
+        with contextlib.suppress(TypeError, ValueError):  # for numbers, and for text that is not JSON
             arrives = json.dumps(json.loads(value))
         survives = arrives == value and "'" not in str(value) and not str(value).startswith(("-", '"'))
         check(survives, f"--{name} {value}: the SageMaker SDK would change this on its way to the job: rename it")
