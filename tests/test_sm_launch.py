@@ -725,7 +725,7 @@ def test_the_job_runs_is_interrupted_resumes_and_pushes(aws, moto_server, hub, r
     assert request["TrainingJobName"] != nodes[0].name
     with Node(tmp_path / "algo-1", request, gpus=2, **env) as node:
         log = node.finish()
-    assert "continuing the student" in log and "--nproc_per_node=2" in log
+    assert "continuing at step" in log and "--nproc_per_node=2" in log
 
     model = node.opt_ml / "model"
     assert AutoModelForSequenceClassification.from_pretrained(model).config.num_hidden_layers == 1
