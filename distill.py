@@ -174,7 +174,7 @@ def run(args, device):
         training.load_state_dict(checkpoint)
         say(f"continuing at step {training.step}")
     files = RunFiles(args, identity, training, task.student_tokenizer)
-    from_rank0(files.begin)
+    from_rank0(lambda: files.begin(checkpoint))
     with stopping_at_a_row(training):
         for row in train(args, training, splits, live_teacher):
             better = training.keep_if_best(row, args.best_by)
@@ -765,12 +765,10 @@ class RunFiles:
         self.args, self.identity, self.training, self.tokenizer = args, identity, training, tokenizer
         self.metrics, self.board, self.saved = Path(args.output_dir, "metrics.jsonl"), None, time.monotonic()
 
-    def begin(self):
+    def begin(self, checkpoint):
         """Drop the results of an earlier run, and rows that were written after the checkpoint."""
         Path(self.args.output_dir, "results.json").unlink(missing_ok=True)
-        lines = self.metrics.read_text().splitlines() if self.training.step and self.metrics.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.training.step]
-        write("".join(f"{line}\n" for line in kept), self.metrics)
+        write(checkpoint["metrics"] if checkpoint else "", self.metrics)
 
     def add(self, row, better):
         """Write a row of train(), print an epoch's scores, save the model if it is the best, a checkpoint if due."""
@@ -786,7 +784,8 @@ class RunFiles:
         if better:
             save_model(self.args.output_dir, self.training.model, self.tokenizer)
         if ended or self.training.stop or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
-            state = {"identity": self.identity, **self.training.state_dict()}
+            rows = self.metrics.read_text(encoding="utf-8")  # a run that goes on elsewhere finds no such file
+            state = {"identity": self.identity, "metrics": rows, **self.training.state_dict()}
             write(state, Path(self.args.checkpoint_dir, "checkpoint.pt"))
             self.saved = time.monotonic()
 
