@@ -136,7 +136,7 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
 
 
 def no_column(column, table, where):
-    lists = [name for name in table.column_names if in_words(table, name) == "lists"]
+    lists = [name for name in table.column_names if kind_of(table, name) == "lists"]
     if len(table) == 1 and lists:  # as in {"version": 1, "data": [...]}
         return f"{where} is one record: if its examples are under '{lists[0]}', save that list alone"
     hint = " (a csv file's first line names its columns)" if re.search(r"\.[ct]sv\b", where.lower()) else ""
@@ -157,7 +157,7 @@ def find_text_columns(table, label_column, where):
 
 def prose(table, names):
     """Those of the columns that hold text, and not only numbers: in a csv file these are strings too."""
-    strings = [name for name in names if is_text(table.features[name])]
+    strings = [name for name in names if kind_of(table, name) == "text"]
     return [name for name in strings if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]
 
 
@@ -165,16 +165,12 @@ def matches(table, name, pattern):
     return pc.fill_null(pc.match_substring_regex(column_of(table, name), pattern), False)
 
 
-def is_text(feature):
-    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
-
-
 def select_texts(table, names, where):
     """The text columns alone. Raises UserError for one that is missing, or holds something else."""
     for name in names:
         check(name in table.column_names, no_column(name, table, where))
-        kind = in_words(table, name)
-        check(is_text(table.features[name]), f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
+        kind = kind_of(table, name)
+        check(kind == "text", f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
     return table.select_columns(list(names))
 
 
@@ -184,15 +180,12 @@ def read_labels(table, label_column, where):
     labels, feature = column_of(table, label_column), table.features[label_column]
     if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
         labels = pa.array(["-1", *feature.names]).take(pc.add(labels, 1))
-    kind = in_words(table, label_column)
+    kind = kind_of(table, label_column)
     check(kind != "lists", f"several labels a text in {where}: this trains on one a text")
-    if pa.types.is_floating(labels.type) or pa.types.is_decimal(labels.type):
-        try:
+    if kind == "floats":
+        with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
             labels = labels.cast(pa.int64())
-        except pa.ArrowInvalid:
-            raise UserError(f"the labels in {where} are floats: this trains classifiers, not regression") from None
-    classes = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
-    fits = any(test(labels.type) for test in classes) or len(labels) == labels.null_count
+    fits = kind in ("text", "integers", "booleans", "floats") or len(labels) == labels.null_count
     check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
     labels = pc.fill_null(pc.utf8_trim_whitespace(labels.cast(pa.string())), "")
     names = pc.unique(labels)  # an é may be stored in two ways, and Arrow's own utf8_normalize does not compose
@@ -208,11 +201,12 @@ def column_of(table, name):
     return column.cast(pa.string()) if column.type == "string_view" else column  # whose text pyarrow cannot search
 
 
-def in_words(table, name):
-    """A column's type as a person says it."""
-    kind = table.features.arrow_schema.field(name).type
-    words = {"is_list": "lists", "is_nested": "objects", "is_temporal": "dates or times", "is_binary": "bytes"}
-    return next((word for test, word in words.items() if getattr(pa.types, test)(kind)), str(kind))
+def kind_of(table, name):
+    """What a column holds, as a person says it."""
+    said = {"string": "text", "large_string": "text", "string_view": "text", "integer": "integers", "list": "lists"}
+    said |= {"floating": "floats", "decimal": "floats", "boolean": "booleans", "nested": "objects", "temporal": "dates"}
+    its = table.features.arrow_schema.field(name).type
+    return next((word for test, word in said.items() if getattr(pa.types, f"is_{test}")(its)), str(its))
 
 
 def classes_of(labels, feature, where):
@@ -225,9 +219,7 @@ def classes_of(labels, feature, where):
     folded = {}
     for name in names:
         twin = folded.setdefault(normalize(name), name)
-        check(
-            twin == name, f"the classes '{twin}' and '{name}' in {where} look the same but for case: spell them alike"
-        )
+        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike")
     return names
 
 
@@ -370,16 +362,14 @@ def why_unreadable(error, path, kind):
     line = bad_line(path, json.loads) if path.suffix.lower() == ".jsonl" else None
     if line:
         return f"line {line} is not JSON"
-    advice = f"check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
-    return f"{reason}; {NO_CACHE if is_of_cache(reason, path) else advice}"
+    usual = f"; check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
+    return reason + (cache_hint(reason, path) or usual)
 
 
-NO_CACHE = "set HF_HOME to a folder that can be written to, with room"
-
-
-def is_of_cache(reason, path):
-    """Whether the machine is to blame: the Hub's cache, and not the path, cannot be written."""
-    return re.search("Permission|Read-only|No space", reason) and not (os.path.exists(path) and str(path) in reason)
+def cache_hint(reason, path):
+    """What to set where the Hub's cache, and not the path, cannot be written; else nothing."""
+    blamed = re.search("Permission|Read-only|No space", reason) and not (os.path.exists(path) and str(path) in reason)
+    return "; set HF_HOME to a folder that can be written to, with room" if blamed else ""
 
 
 def find_file(path, dataset_id, name):
@@ -463,9 +453,8 @@ def tokenize(tokenizer, texts, max_length):
     """
     columns = len(texts.column_names)
     special = tokenizer.num_special_tokens_to_add(pair=columns == 2)
-    check(
-        max_length >= special + columns, f"{max_length} tokens are too few, {special} are special: raise --max_length"
-    )
+    room = f"{max_length} tokens are too few, {special} are special: raise --max_length"
+    check(max_length >= special + columns, room)
     ids, type_ids, lengths, cut = array("i"), array("B"), array("q"), 0  # grow in place: nothing is in memory twice
     options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     for chunk in texts.iter(10_000):
@@ -621,8 +610,7 @@ def load_model(model_id, classes=None, seed=0):
             reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
         elif "contains custom code" in reason:
             reason, hint = "it needs code of its own, which this does not run", ""
-        elif is_of_cache(reason, folder):
-            hint = f"; {NO_CACHE}"
+        hint = cache_hint(reason, folder) or hint
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
     if classes:

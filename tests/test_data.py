@@ -392,7 +392,7 @@ def test_unlabeled_columns(scored, write_csv, tmp_path):
     texts, _ = data.load_unlabeled(scored, str(tmp_path / "large.parquet"))
     assert texts.features == scored["train"].texts.features and texts["text"][:] == ["new"]
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(UserError, match=r"column 'text' in .* holds int64, not text"):
+    with pytest.raises(UserError, match=r"column 'text' in .* holds integers, not text"):
         data.load_unlabeled(scored, str(tmp_path / "numbers.parquet"))
     with pytest.raises(UserError, match="one file with one split, train, not 'dev'"):
         data.load_unlabeled(scored, path, split_name="dev")
@@ -433,7 +433,7 @@ def test_the_demos_unlabeled_text(scored):
         ([("a", 0), ("b", 0), ("  ", 1)], "empty text .* row 3"),
         ([("a", 0), ("\u200b\ufeff", 1)], "empty text .* row 2"),
         ([("a", "x"), ("b", " "), ("c", "y")], "no label .* row 2"),
-        ([("a", "yes"), ("b", "no"), ("c", "No")], "classes 'No' and 'no' .*bad.csv look the same but for case"),
+        ([("a", "yes"), ("b", "no"), ("c", "No")], "classes 'No' and 'no' .*bad.csv differ by case alone"),
         ([], "no data"),
     ],
 )
@@ -532,7 +532,7 @@ def test_refuses_what_it_cannot_find(write_csv, tmp_path):
     ]:
         assert re.search(message, refusal(*arguments))
     pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "a.parquet")
-    assert "holds int64, not text" in refusal(str(tmp_path / "a.parquet"), None, TRAIN, ("label",))
+    assert "holds integers, not text" in refusal(str(tmp_path / "a.parquet"), None, TRAIN, ("label",))
 
 
 def test_no_message_is_a_page_long(write_csv, tmp_path):
