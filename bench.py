@@ -197,7 +197,8 @@ def text_batches(split, batch_size, size):
 
 
 def encode(tokenizer, columns, max_length):
-    return tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    options = {"truncation": True, "max_length": max_length, "split_special_tokens": True}
+    return tokenizer(*columns, **options, padding=True, return_tensors="pt")
 
 
 def measure_cell(variants, texts, size, device, args):
@@ -423,7 +424,7 @@ def in_onnx_runtime(model, split, args):
         folder = Path(args.output).parent / "onnx_models" / public_names(args)[model.name]
         with data.writing(folder):
             model.network.config.save_pretrained(folder)
-            model.tokenizer.save_pretrained(folder)
+            data.save_tokenizer(model.tokenizer, folder)
     logging.disable(logging.WARNING)  # about packages that nothing here needs
     try:
         with data.writing(folder / "onnx"):

@@ -232,7 +232,7 @@ def label_with_teacher(args, task):
     are a file whose name is a digest of all that they do depend on, up to rounding: the teacher's weights and
     configuration, tokens, precision. So a file of that name can be used as it is.
     """
-    teacher_digest, folder = digest(task.teacher), Path(args.checkpoint_dir, "teacher_logits")
+    key, folder = digest(task.teacher) + args.precision, Path(args.checkpoint_dir, "teacher_logits")
     for role, split in task.teacher_splits.items():
         if role == "train" and not (args.teaches and args.cache_teacher):
             continue
@@ -240,7 +240,7 @@ def label_with_teacher(args, task):
         with progress_bar(len(split.labels), f"teacher labels {role}") as bar:
             for start in range(0, len(split.labels), PART):
                 tokens = split.tokens.slice(start, start + PART)
-                path = folder / f"{digest(teacher_digest, args.precision, *tokens.tensors())[:16]}.pt"
+                path = folder / f"{digest(key, 'left' * tokens.pad_left, *tokens.tensors())[:16]}.pt"
                 logits = from_rank0(lambda: read(path))  # noqa: B023, called at once
                 if logits is None:
                     logits = predict(task.teacher, tokens, args.precision, bar).cpu()
@@ -507,7 +507,7 @@ def read_task(args):
     splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, split_names, *columns)
     sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
     columns = " and ".join(splits["train"].texts.column_names)
-    say(f"data: {sizes} examples of {columns}; classes: {', '.join(class_names)}")
+    say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
 
     teacher = teacher_tokenizer = None
     if args.teacher_id is not None:
@@ -530,15 +530,19 @@ def read_task(args):
     reason = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
     check(smallest >= processes, reason)
 
-    max_length = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
+    limits = {"--max_length": args.max_length, "the teacher": teacher_tokenizer.model_max_length}
+    limits["the student"] = student_tokenizer.model_max_length
+    limit = min(limits, key=limits.get)
 
     def tokenized(tokenizer):
-        tokens = {role: data.tokenize(tokenizer, split.texts, max_length) for role, split in splits.items()}
+        tokens = {role: data.tokenize(tokenizer, split.texts, limits[limit]) for role, split in splits.items()}
+        cut = [f"{tokens[role].cut:,} of {len(tokens[role]):,} {role}" for role in splits if tokens[role].cut]
+        if cut:
+            say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
         return {role: Examples(tokens[role], split.labels) for role, split in splits.items()}
 
-    same = data.same_tokenizer(teacher_tokenizer, student_tokenizer)  # asked before they are used
     teacher_splits = student_splits = tokenized(teacher_tokenizer)
-    if not same:
+    if not data.same_tokenizer(teacher_tokenizer, student_tokenizer):
         say("teacher and student have different tokenizers: each gets its own tokens")
         student_splits = tokenized(student_tokenizer)
     return Task(class_names, labeled, teacher, teacher_splits, student, student_tokenizer, student_splits)
@@ -906,7 +910,7 @@ def save_model(folder, model, tokenizer):
     with writing(folder / "model.safetensors"):
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        data.save_tokenizer(tokenizer, temporary)
         for file in temporary.iterdir():
             shutil.copymode(temporary / "config.json", file)  # as the umask says; safetensors would keep others out
             os.replace(file, folder / file.name)
