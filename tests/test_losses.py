@@ -20,14 +20,14 @@ def batch():
 
 
 def gradient(student, *args, **kwargs):
-    (grad,) = torch.autograd.grad(distillation_loss(student, *args, **kwargs)[0], student)
+    (grad,) = torch.autograd.grad(distillation_loss(student, *args, **kwargs)["loss"], student)
     return grad
 
 
 def test_equal_logits_have_no_soft_loss_and_no_gradient(batch):
     student, _, labels = batch
-    total, _, soft = distillation_loss(student, student.detach(), labels, alpha=0.0, temperature=3.0)
-    assert total.item() == pytest.approx(0, abs=1e-14) and soft.item() == pytest.approx(0, abs=1e-14)
+    parts = distillation_loss(student, student.detach(), labels, alpha=0.0, temperature=3.0)
+    assert [parts["loss"].item(), parts["soft_loss"].item()] == pytest.approx([0, 0], abs=1e-14)
     assert gradient(student, student.detach(), labels, 0.0, 3.0).abs().max() < 1e-14
 
 
@@ -38,14 +38,16 @@ def test_alpha_1_is_cross_entropy_bit_for_bit(batch, dtype):
     expected = F.cross_entropy(student.double() if dtype == torch.float64 else student.float(), labels)
     (expected_grad,) = torch.autograd.grad(expected, student)
     for logits in (teacher.to(dtype), None):
-        total, hard, _ = distillation_loss(student, logits, labels, alpha=1.0, temperature=4.0)
-        assert torch.equal(total, expected) and torch.equal(hard, expected)
+        parts = distillation_loss(student, logits, labels, alpha=1.0, temperature=4.0)
+        assert torch.equal(parts["loss"], expected) and torch.equal(parts["hard_loss"], expected)
         assert torch.equal(gradient(student, logits, labels, 1.0, 4.0), expected_grad)
 
 
 def test_alpha_mixes_the_two_parts(batch):
     student, teacher, labels = batch
-    total, hard, soft = distillation_loss(student, teacher, labels, alpha=0.3, temperature=2.5)
+    parts = distillation_loss(student, teacher, labels, alpha=0.3, temperature=2.5)
+    assert list(parts) == ["loss", "hard_loss", "soft_loss"]
+    total, hard, soft = parts.values()
     assert total.item() == pytest.approx(0.3 * hard.item() + 0.7 * soft.item(), rel=1e-12)
     assert total.requires_grad and not hard.requires_grad and not soft.requires_grad
 
@@ -55,7 +57,7 @@ def test_soft_loss_is_the_published_formula(batch):
     temperature = 3.7
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     by_hand = temperature**2 * (p * (p.log() - q.log())).sum() / B
-    soft = distillation_loss(student, teacher, labels, 0.0, temperature)[2]
+    soft = distillation_loss(student, teacher, labels, 0.0, temperature)["soft_loss"]
     assert soft.item() == pytest.approx(by_hand.item(), rel=1e-12)
 
 
@@ -69,17 +71,18 @@ def test_the_whole_loss_is_the_published_one(batch, alpha, temperature):
     )
     published = alpha * F.cross_entropy(student, labels) + (1 - alpha) * soft * temperature**2
     (published_grad,) = torch.autograd.grad(published, student)
-    total = distillation_loss(student, teacher, labels, alpha, temperature)[0]
+    total = distillation_loss(student, teacher, labels, alpha, temperature)["loss"]
     assert total.item() == pytest.approx(published.item(), rel=1e-6, abs=1e-6)
     assert torch.allclose(gradient(student, teacher, labels, alpha, temperature), published_grad, rtol=1e-6, atol=1e-6)
 
 
 def test_a_constant_added_to_logits_changes_nothing(batch):
     student, teacher, labels = batch
-    expected = distillation_loss(student, teacher, labels, 0.5, 2.0)[0].item()
+    expected = distillation_loss(student, teacher, labels, 0.5, 2.0)["loss"].item()
     shift = torch.linspace(-50, 50, B, dtype=torch.float64)[:, None]
-    assert distillation_loss(student + shift, teacher, labels, 0.5, 2.0)[0].item() == pytest.approx(expected, rel=1e-10)
-    assert distillation_loss(student, teacher - shift, labels, 0.5, 2.0)[0].item() == pytest.approx(expected, rel=1e-10)
+    for shifted in ((student + shift, teacher), (student, teacher - shift)):
+        loss = distillation_loss(*shifted, labels, 0.5, 2.0)["loss"]
+        assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 30.0])
@@ -94,7 +97,7 @@ def test_gradient_by_finite_differences(batch, alpha):
     student, teacher, labels = batch
     labels = labels.clone()
     labels[0] = NO_LABEL
-    assert torch.autograd.gradcheck(lambda z: distillation_loss(z, teacher, labels, alpha, 4.0)[0], student)
+    assert torch.autograd.gradcheck(lambda z: distillation_loss(z, teacher, labels, alpha, 4.0)["loss"], student)
 
 
 def test_high_temperature_compares_centred_logits(batch):
@@ -102,7 +105,7 @@ def test_high_temperature_compares_centred_logits(batch):
     student, teacher, labels = batch
     centred = [logits - logits.mean(-1, keepdim=True) for logits in (student, teacher)]
     limit = (centred[0] - centred[1]).square().sum(-1).mean() / (2 * C)
-    soft = distillation_loss(student, teacher, labels, 0.0, temperature=1e4)[2]
+    soft = distillation_loss(student, teacher, labels, 0.0, temperature=1e4)["soft_loss"]
     assert soft.item() == pytest.approx(limit.item(), rel=1e-3)
 
 
@@ -124,9 +127,9 @@ def test_uneven_parts_add_up_to_the_whole_batch(batch, sizes):
         distillation_loss(*part, 0.5, 4.0, example_count=B)
         for part in zip(*(tensor.split(sizes) for tensor in (student, teacher, labels)), strict=True)
     ]
-    for i in range(3):
-        assert sum(part[i].item() for part in parts) == pytest.approx(whole[i].item(), rel=1e-12)
-    (grad,) = torch.autograd.grad(sum(part[0] for part in parts), student)
+    for name in whole:
+        assert sum(part[name].item() for part in parts) == pytest.approx(whole[name].item(), rel=1e-12)
+    (grad,) = torch.autograd.grad(sum(part["loss"] for part in parts), student)
     assert torch.allclose(grad, gradient(student, teacher, labels, 0.5, 4.0), atol=1e-15)
 
 
@@ -136,12 +139,13 @@ def test_each_example_counts_alike(batch, alpha):
     student, teacher, labels = batch
     labels = labels.clone()
     labels[3:] = NO_LABEL
-    total, hard, soft = distillation_loss(student, teacher, labels, alpha, 4.0)
-    labelled = distillation_loss(student[:3], teacher[:3], labels[:3], alpha, 4.0)[0]
-    alone = distillation_loss(student[3:], teacher[3:], labels[3:], 0.0, 4.0)[0]
+    total, hard, soft = distillation_loss(student, teacher, labels, alpha, 4.0).values()
+    labelled = distillation_loss(student[:3], teacher[:3], labels[:3], alpha, 4.0)["loss"]
+    alone = distillation_loss(student[3:], teacher[3:], labels[3:], 0.0, 4.0)["loss"]
     assert total.item() == pytest.approx((3 * labelled.item() + 3 * alone.item()) / 6, rel=1e-12)
     assert hard.item() == pytest.approx(F.cross_entropy(student[:3], labels[:3]).item() * 3 / 6)
-    assert soft.item() == pytest.approx(distillation_loss(student, teacher, labels.clamp(min=0), 0.0, 4.0)[0].item())
+    whole = distillation_loss(student, teacher, labels.clamp(min=0), 0.0, 4.0)["loss"]
+    assert soft.item() == pytest.approx(whole.item())
 
 
 def test_two_classes_and_high_temperature_are_regression_of_the_gap():
@@ -150,7 +154,8 @@ def test_two_classes_and_high_temperature_are_regression_of_the_gap():
     gap = (teacher[:, 0] - teacher[:, 1]) - (student[:, 0] - student[:, 1])
     limit = gap.square().mean().item() / 8
     labels = torch.zeros(B, dtype=torch.long)
-    errors = [abs(distillation_loss(student, teacher, labels, 0.0, t)[2].item() - limit) for t in (10.0, 100.0, 1000.0)]
+    soft = [distillation_loss(student, teacher, labels, 0.0, t)["soft_loss"].item() for t in (10.0, 100.0, 1000.0)]
+    errors = [abs(loss - limit) for loss in soft]
     assert errors[1] < errors[0] / 50 and errors[2] < 1e-5 * limit
 
 
@@ -158,8 +163,8 @@ def test_extreme_half_precision_logits():
     student = torch.tensor([[60000.0, -60000.0], [-60000.0, 60000.0]], dtype=torch.float16, requires_grad=True)
     teacher = -student.detach()
     for temperature in (0.5, 1.0, 4.0):
-        total, hard, soft = distillation_loss(student, teacher, torch.tensor([1, 1]), 0.5, temperature)
-        assert total.dtype == torch.float32 and all(math.isfinite(part.item()) for part in (total, hard, soft))
+        parts = distillation_loss(student, teacher, torch.tensor([1, 1]), 0.5, temperature)
+        assert parts["loss"].dtype == torch.float32 and all(math.isfinite(part.item()) for part in parts.values())
         assert gradient(student, teacher, torch.tensor([1, 1]), 0.5, temperature).isfinite().all()
 
 
@@ -170,13 +175,13 @@ def test_float32_inside_autocast(dtype):
     expected = distillation_loss(student.float(), teacher.float(), labels, 0.5, 4.0)
     with torch.autocast("cpu", dtype=dtype):
         got = distillation_loss(student, teacher, labels, 0.5, 4.0)
-    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(part.dtype == torch.float32 and torch.equal(part, expected[name]) for name, part in got.items())
 
 
 def test_no_gradient_reaches_the_teacher(batch):
     student, teacher, labels = batch
     teacher = teacher.requires_grad_()
-    distillation_loss(student, teacher, labels, 0.5, 4.0)[0].backward()
+    distillation_loss(student, teacher, labels, 0.5, 4.0)["loss"].backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
