@@ -123,6 +123,7 @@ os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT}/tests"  # Python 3.11 does
 def child(code, arguments, files, environment):
     """What a process of start() does: `code`, and then the command."""
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
@@ -131,11 +132,11 @@ def child(code, arguments, files, environment):
     exec(f"import os, signal, sys, time\nimport torch\nimport distill\n{code}\ndistill.main(sys.argv[1:])", {})
 
 
-def start(arguments, code="", ranks=None, interrupt_at=None, files=None, **environment):
+def start(arguments, code="", ranks=None, interrupt_at=None, by=signal.SIGINT, patience=30, files=None, **environment):
     """Run the command in a process of its own, or in several that form a group; `code` comes first.
 
-    As torchrun does, end the other ranks where one fails, though later. With interrupt_at all get a SIGINT when they
-    have printed this text. Returns the exit codes, and what was written to stdout and stderr.
+    As torchrun does, end the other ranks where one fails, though `patience` seconds later. With interrupt_at all get
+    the signal `by` when they have printed this text. Returns the exit codes, and what was written to stdout and stderr.
     """
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
@@ -154,9 +155,9 @@ def start(arguments, code="", ranks=None, interrupt_at=None, files=None, **envir
             if interrupt_at and os.path.exists(files[0]) and interrupt_at in Path(files[0]).read_text():
                 interrupt_at = None
                 for process in processes:
-                    os.kill(process.pid, signal.SIGINT)
+                    os.kill(process.pid, by)
             if any(process.exitcode for process in processes):
-                deadline = min(deadline, time.monotonic() + 30)
+                deadline = min(deadline, time.monotonic() + patience)
             if time.monotonic() > deadline:
                 for process in processes:
                     process.kill()
@@ -191,6 +192,9 @@ def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args:
 
 def is_label(path):
     return path.parent.name == "teacher_logits"
+
+def of_student(path):
+    return path.name == "checkpoint.pt" and path.parent.name != "teacher"
 
 def half_a_file(state, file):
     torch.serialization.save(state, file)
@@ -238,7 +242,7 @@ def test_demo_flags_can_be_overridden():
 def test_sagemaker_folders(monkeypatch):
     monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
     args = distill.Config()
-    assert (args.output_dir, args.checkpoint_dir) == (distill.Config.output_dir, "/opt/ml/checkpoints")
+    assert (args.output_dir, args.checkpoint_dir) == ("/opt/ml/model", "/opt/ml/checkpoints")
 
 
 @pytest.mark.parametrize(
@@ -454,7 +458,7 @@ def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsys, monkeypatch):
+def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsys):
     flags = {"teacher_epochs": 2, "teacher_learning_rate": 1e-3, "student_id": "teacher", "student_layers": 1}
     folder = run(command("run", **flags, epochs=1, learning_rate=1e-12))
     assert "note: on eval the student is" not in capsys.readouterr().out
@@ -469,14 +473,12 @@ def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsy
     def again(**others):
         run(command("run", **{**flags, "epochs": 1, **others}))
         assert all(torch.equal(teacher[name], tensor) for name, tensor in weights(f"{folder}/teacher").items())
-        return "teacher: fine-tuned already" in capsys.readouterr().out
+        return f"it has been already, in {folder}/teacher" in capsys.readouterr().out
 
     assert again(alpha=0.2) and again(temperature=2.0) and again(student_layers=2)
     assert again(unlabeled_id=more_text)  # a teacher learns from labeled text alone
-    # Another teacher's training is begun in the same folder and given up: the first is no longer there to be found.
-    with monkeypatch.context() as patched:
-        patched.setattr(distill, "training_step", lambda *args: distill.fail("stopped here"))
-        refused(command("run", **{**flags, "teacher_epochs": 1}, epochs=1), capsys)
+    # Another teacher's training is begun in the same folder and diverges: the first is no longer there to be found.
+    refused(command("run", **{**flags, "teacher_learning_rate": 1e30}, epochs=1), capsys)
     assert not again()
 
 
@@ -593,20 +595,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, capsys, monkeypatch):
                 next(student.parameters()).mul_(float("nan"))
         return step(student, *args)
 
-    monkeypatch.setattr(distill, "training_step", poisoned_step)
-    arguments = command("run", save_steps=1)
-    assert "the student's loss is not finite: lower --learning_rate" in refused(arguments, capsys)
+    arguments = command("run", log_steps=1, save_minutes=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "training_step", poisoned_step)
+        assert refused(arguments, capsys).endswith("error: the loss is not finite: lower the learning rate\n")
     state = torch.load(f"{output_of(arguments)}/checkpoint.pt", weights_only=True)
-    assert state["progress"]["step"] == 9 and all(tensor.isfinite().all() for tensor in state["model"].values())
-    monkeypatch.setattr(distill, "training_step", step)
+    assert state["step"] == 9 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
     def printed(arguments):
         run(arguments)
-        return re.findall(r"student, epoch [23].*", capsys.readouterr().out)
+        return re.findall(r"epoch [23]/3: .*", capsys.readouterr().out)
 
     # And it can be continued: in the middle of the second epoch, whose mean loss is printed.
-    assert printed(arguments) == printed(command("undisturbed")) != []
-    assert same_weights(output_of(arguments), output_of(command("undisturbed")))
+    undisturbed = command("undisturbed", log_steps=1)
+    assert printed(arguments) == printed(undisturbed) != []
+    assert same_weights(output_of(arguments), output_of(undisturbed))
 
 
 def test_one_skipped_fp16_step_does_not_stop_the_run(command, monkeypatch):
@@ -636,18 +639,15 @@ def test_the_best_epoch_is_kept_by_what_was_asked_for(command, monkeypatch):
         {"accuracy": 0.5, "macro_f1": 0.6, "loss": 0.7},
     ]
     for best_by, epoch in (("accuracy", 3), ("macro_f1", 2), ("loss", 4)):
-        given, saved = iter([*scores, {"accuracy": 0.0}, {"accuracy": 0.0}]), []
-        monkeypatch.setattr(distill, "evaluate", lambda *args, given=given: {"macro_f1": 0, "loss": 0, **next(given)})
-        save_checkpoint = distill.RunFiles.save_checkpoint
+        given, models = iter([*scores, {"accuracy": 0.0}, {"accuracy": 0.0}]), []
 
-        def keeping(files, progress, *others, saved=saved, save_checkpoint=save_checkpoint):
-            saved.append({name: tensor.clone() for name, tensor in files.model.state_dict().items()})
-            save_checkpoint(files, progress, *others)
+        def evaluate(model, *args, given=given, models=models):
+            models.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return {"macro_f1": 0, "loss": 0, **next(given)}
 
-        with monkeypatch.context() as patched:
-            patched.setattr(distill.RunFiles, "save_checkpoint", keeping)
-            kept = weights(run(command(best_by, best_by=best_by, epochs=4)))
-        assert [all(torch.equal(kept[name], epoch[name]) for name in kept) for epoch in saved] == [
+        monkeypatch.setattr(distill, "evaluate", evaluate)
+        kept = weights(run(command(best_by, best_by=best_by, epochs=4)))
+        assert [all(torch.equal(kept[name], model[name]) for name in kept) for model in models[:4]] == [
             number == epoch for number in (1, 2, 3, 4)
         ], best_by
 
@@ -656,16 +656,10 @@ def test_fifty_steps_are_the_trainers(command, tmp_path, tokenizer, write_csv, r
     """The published Trainer subclass, on the same batches in the same order, ends at the same weights."""
     write_csv("reviews/train.csv", [(text, ("negative", "positive")[label]) for text, label in reviews[:160]])
     arguments = command("ours", cache_teacher="false", epochs=5, learning_rate=5e-5, seed=7)
-    save_checkpoint, states = distill.RunFiles.save_checkpoint, []
-
-    def keeping_checkpoint(files, progress, *others):
-        states.append((progress.step, {name: tensor.clone() for name, tensor in files.model.state_dict().items()}))
-        save_checkpoint(files, progress, *others)
-
-    monkeypatch.setattr(distill.RunFiles, "save_checkpoint", keeping_checkpoint)
-    run(arguments)
-    steps, ours = states[-1]
-    assert steps == 50
+    monkeypatch.setattr(distill, "finish", lambda *args: None)  # it would delete the checkpoint
+    state = torch.load(f"{run(arguments)}/checkpoint.pt", weights_only=True)
+    assert state["step"] == 50
+    ours = state["model"]
 
     examples = [{**tokenizer(text, truncation=True, max_length=64), "labels": label} for text, label in reviews[:160]]
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
@@ -710,14 +704,13 @@ class Hasty(tqdm.tqdm):
 def test_without_a_terminal_a_line_a_minute_says_where_the_run_is(command, monkeypatch, capfd):
     forward = distill.forward
     monkeypatch.setattr(distill, "tqdm", Hasty)
-    monkeypatch.setattr(distill, "LOG_STEPS", 1)
     monkeypatch.setattr(distill, "PREDICTION_TOKENS", {"cpu": 128})
     monkeypatch.setattr(distill, "forward", lambda *args: time.sleep(0.02) or forward(*args))
-    run(command("run", epochs=2))
+    run(command("run", epochs=2, log_steps=1))
     out, err = capfd.readouterr()
     assert err == "" and not re.search(r"[\r\x1b\x08]", out)
     rate = r"[ \d.]+ examples/s"
-    for stage, more in (("student, epoch 1/2", r", loss=\d\.\d{4}"), ("teacher labels train", "")):
+    for stage, more in (("epoch 1/2", r", loss=\d\.\d{4}"), ("teacher labels train", "")):
         lines = re.findall(rf"^{stage}: (\d+) of 101 examples{more}, {rate}$", out, re.MULTILINE)
         done = [int(count) for count in lines]
         assert len(done) >= 2 and done == sorted(set(done)) and done[0] > 0 and done[-1] <= 101, out
@@ -743,19 +736,20 @@ def test_on_a_terminal_the_bar_stays_alone(command):
     watcher.join()
     os.close(controller)
     shown = b"".join(shown).decode()
-    assert re.search(r"\rstudent, epoch 1/1: +\d+%\|.*\| \d+/101 \[", shown)
+    assert re.search(r"\repoch 1/1: +\d+%\|.*\| \d+/101 \[", shown)
     assert "of 101 examples" not in shown
 
 
 def test_a_run_leaves_what_the_design_says(command, capfd, reviews):
     old_umask = os.umask(0o027)
     try:
-        folder = run(command("run", report_to="tensorboard"))
+        folder = run(command("run", report_to="tensorboard", log_steps=3))
     finally:
         os.umask(old_umask)
     out, err = capfd.readouterr()
     assert not re.search(r"[\r\x1b]", out + err), "control characters in a file"
     assert err == "" and "examples/s" not in out  # it took less than a minute
+    assert out.startswith("on cpu, in fp32, processes: 1\n")
     headline = json.loads(out.splitlines()[-1])
     saved = results(folder)
     assert headline == {name: saved[name] for name in ("teacher", "student", "seconds")}
@@ -767,15 +761,21 @@ def test_a_run_leaves_what_the_design_says(command, capfd, reviews):
     assert saved["examples"] == {"train": 101, "eval": 53, "test": 29, "unlabeled": 0} and saved["search"] == []
 
     rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl", encoding="utf-8")]
-    training = [row for row in rows if "loss" in row]
-    assert set(training[0]) == {
-        "step", "epoch", "loss", "hard_loss", "soft_loss", "learning_rate", "examples_per_second",
-    }  # fmt: skip
-    assert training[-1]["step"] == 21 and training[-1]["loss"] < training[0]["loss"]
-    evaluations = [row for row in rows if "eval_loss" in row]
-    assert [row["epoch"] for row in evaluations] == [1, 2, 3]
-    assert set(evaluations[0]) == {"epoch", "eval_accuracy", "eval_macro_f1", "eval_loss", "eval_agreement"}
-    best = max(evaluations, key=lambda row: (row["eval_accuracy"], -row["eval_loss"]))
+    assert [(row["step"], row["epoch"]) for row in rows] == [
+        (3, 1), (6, 1), (7, 1), (9, 2), (12, 2), (14, 2), (15, 3), (18, 3), (21, 3),
+    ]  # fmt: skip
+    names = {"step", "epoch", "loss", "hard_loss", "soft_loss", "learning_rate", "examples_per_second"}
+    scores = {"epoch_loss", "eval_accuracy", "eval_macro_f1", "eval_loss", "eval_agreement"}
+    assert [set(row) for row in rows] == [names | (scores if row["step"] % 7 == 0 else set()) for row in rows]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    ends = [row for row in rows if "eval_loss" in row]
+    steps = zip(ends, (3, 2, 1), (3, 3, 3), (1, 2, 3), strict=True)  # of each epoch's rows
+    for end, *counts in steps:
+        losses = [row["loss"] for row in rows if row["epoch"] == end["epoch"]]
+        mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / 7
+        assert end["epoch_loss"] == pytest.approx(mean, rel=1e-6)
+        assert f"epoch {end['epoch']}/3: loss {mean:.4f}; eval accuracy {end['eval_accuracy']:.4f}, " in out
+    best = max(ends, key=lambda row: (row["eval_accuracy"], -row["eval_loss"]))
     assert saved["student"]["eval_accuracy"] == best["eval_accuracy"]
     assert saved["student"]["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)
 
@@ -801,20 +801,16 @@ def test_a_run_leaves_what_the_design_says(command, capfd, reviews):
 
 def test_model_card(command):
     folder = run(command("run", epochs=1))
-    card = huggingface_hub.ModelCard.load(f"{folder}/README.md")
+    card, saved = huggingface_hub.ModelCard.load(f"{folder}/README.md"), results(folder)
     assert card.data.pipeline_tag == "text-classification" and card.data.library_name == "transformers"
-    assert card.data.base_model is None  # a local folder is no id on the Hub
-    by_split = {result.dataset_split: result for result in card.data.eval_results if result.metric_type == "accuracy"}
-    f1 = {result.dataset_split: result.metric_value for result in card.data.eval_results if result.metric_type == "f1"}
-    saved = results(folder)["student"]
-    assert by_split["validation"].metric_value == saved["eval_accuracy"]
-    assert by_split["test"].metric_value == saved["test_accuracy"]
-    assert f1 == {"validation": saved["eval_macro_f1"], "test": saved["test_macro_f1"]}
+    assert card.data.base_model is None and card.data.datasets is None  # a local folder is no id on the Hub,
+    assert card.data.eval_results is None  # and scores need one; the table has them all the same
+    assert distill.results_table(saved) in card.content
     args = distill.parse_args(["--demo", "--output_dir", folder])
-    distill.write_model_card(args, results(folder))
+    distill.write_model_card(args, saved)
     demo = huggingface_hub.ModelCard.load(f"{folder}/README.md").data
     assert demo.datasets == ["cornell-movie-review-data/rotten_tomatoes"]
-    assert {result.dataset_type for result in demo.eval_results} == {"local"}  # its splits are not the Hub's
+    assert demo.eval_results is None  # its splits are not the Hub's
     assert data.hub_id("demo", "model") == demo.base_model == "sentence-transformers/all-MiniLM-L6-v2"
     assert data.hub_id("google/bert_uncased_L-2_H-128_A-2", "model") == "google/bert_uncased_L-2_H-128_A-2"
 
@@ -918,11 +914,19 @@ def test_the_published_command_line_and_a_push(hub, tmp_path, save_tiny, old_rep
     assert not {"visibility", "private"} & hub.created["me/tiny-sst2"].keys()
     pushed = tmp_path / "hub/models/me/tiny-sst2"
     assert same_weights(pushed, tmp_path / "outputs")
-    assert {"README.md", "config.json", "tokenizer.json", "results.json"} <= set(os.listdir(pushed))
-    assert not [name for name in os.listdir(pushed) if "logits" in name or "checkpoint" in name]
+    assert {"README.md", "config.json", "tokenizer.json", "metrics.jsonl"} <= set(os.listdir(pushed))
+    assert not [name for name in os.listdir(pushed) if "logits" in name or "checkpoint" in name or "results" in name]
+    content = b"".join(path.read_bytes() for path in pushed.iterdir())  # nothing of this machine, and no secret
+    assert TOKEN.encode() not in content and str(tmp_path).encode() not in content and b"outputs" not in content
     card = huggingface_hub.ModelCard.load(pushed / "README.md").data
     assert card.base_model == "google/bert_uncased_L-2_H-128_A-2" and card.datasets == ["nyu-mll/glue"]
-    assert card.eval_results[0].dataset_config == "sst2" and card.eval_results[0].metric_type == "accuracy"
+    scores = [(score.metric_type, score.metric_name, score.metric_value) for score in card.eval_results]
+    assert scores == [
+        ("accuracy", "accuracy", saved["student"]["eval_accuracy"]),
+        ("f1", "macro-averaged F1", saved["student"]["eval_macro_f1"]),
+    ]
+    its = {(score.dataset_type, score.dataset_config, score.dataset_split) for score in card.eval_results}
+    assert its == {("nyu-mll/glue", "sst2", "validation")}
 
     hidden = start_anew([words[0], "--test_split", "test", "--output_dir", "third"], cwd=tmp_path, **environment)
     assert hidden.returncode == 2 and "hidden, as in GLUE's test splits" in hidden.stderr
@@ -961,42 +965,46 @@ def test_what_the_hub_refuses_is_told_before_the_work(command, pushing, monkeypa
 
 
 def test_a_push_that_fails_need_not_train_again(command, pushing, capsys, monkeypatch):
-    """The Hub takes the repository and later refuses the commit."""
-    arguments, card = command("run", hub_model_id="me/student", hub_private="true"), distill.write_model_card
+    """The Hub takes the repository, of which only the name is given, and later refuses the commit."""
+    arguments, card = command("run", hub_model_id="student", hub_private="true"), distill.write_model_card
     with monkeypatch.context() as patched:
         patched.setattr(distill, "write_model_card", lambda *args: card(*args) or setattr(pushing, "refuse_push", True))
         line = refused(arguments, capsys)
     folder = output_of(arguments)
     assert f"the student is safe in {folder}" in line and TOKEN not in line
-    assert pushing.created["me/student"]["visibility"] == "private"
+    assert pushing.created["testuser/student"]["visibility"] == "private"
     pushing.refuse_push = False
     monkeypatch.setattr(distill, "training_step", None)
-    assert same_weights(run(arguments), pushing.folder / "models/me/student")
+    assert same_weights(run(arguments), pushing.folder / "models/testuser/student")
+    assert f"pushed to {pushing.url}/testuser/student\n" in capsys.readouterr().out
     assert not os.path.exists(f"{folder}/checkpoint.pt")
 
 
 # --- continuing ------------------------------------------------------------------------------------------------------
 
-# The teacher has 2 epochs of 7 steps, the student 3; a checkpoint every 2 steps and after each epoch.
+# The teacher has 2 epochs of 7 steps, the student 3; each epoch has 4 rows, and checkpoints.
 MOMENTS = {
     "fine-tuning the teacher": 'at_call("training_step", distill, 10)',
     "the teacher is finished": """import pathlib
 at_call("unlink", pathlib.Path, 1, counts=lambda path, **_: path.name == "checkpoint.pt")""",
     "labeling": 'at_call("write", distill, 2, counts=lambda _, path: is_label(path))',
     "within an epoch": 'at_call("training_step", distill, 14 + 11)',
-    "evaluating an epoch": 'at_call("evaluate", distill, 2 + 2)',
-    "between a best epoch and its checkpoint": 'at_call("save_checkpoint", distill.RunFiles, 8 + 4)',
+    "evaluating an epoch": 'at_call("evaluate", distill, 2 + 1 + 2)',
+    "between a best epoch and its checkpoint": 'at_call("write", distill, 4, counts=lambda _, file: of_student(file))',
     "writing a checkpoint": 'at_call("save", torch, 13, half_a_file, counts=lambda value, _: isinstance(value, dict))',
-    "after the last epoch": 'at_call("finish", distill, 1)',
+    "after the last epoch": 'at_call("finish", distill, 2)',
 }
+
+
+EVERY_OTHER_STEP = {"log_steps": 2, "save_minutes": 0}
 
 
 @pytest.fixture
 def with_dropout(command, save_tiny):
     """Dropout makes the random state matter; the teacher is fine-tuned first, so that there are two trainings."""
     teacher = save_tiny("dropout", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    flags = {"teacher_id": teacher, "student_id": "teacher", "student_layers": 1, "teacher_epochs": 2, "save_steps": 2}
-    return lambda output: command(output, **flags)
+    flags = {"teacher_id": teacher, "student_id": "teacher", "student_layers": 1, "teacher_epochs": 2}
+    return lambda output: command(output, **flags, **EVERY_OTHER_STEP)
 
 
 def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout, capsys):
@@ -1007,7 +1015,7 @@ def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout, caps
         assert killed.codes == [-signal.SIGKILL], (moment, killed.err)
         capsys.readouterr()
         folder = run(arguments)
-        continued = "continuing the " in capsys.readouterr().out
+        continued = "continuing at step " in capsys.readouterr().out
         assert continued == (moment not in ("labeling", "the teacher is finished")), moment
         assert not os.path.exists(f"{folder}/checkpoint.pt")
         left.extend([moment] * os.path.exists(f"{folder}/teacher/checkpoint.pt"))
@@ -1019,8 +1027,8 @@ def test_killed_at_any_moment_and_started_again_ends_the_same(with_dropout, caps
 
 def test_a_checkpoint_of_every_step_can_be_continued(command):
     """The last step of an epoch is the one that might fall between the epoch's two halves."""
-    undisturbed = run(command("undisturbed", save_steps=1))
-    arguments = command("killed", save_steps=1)
+    undisturbed = run(command("undisturbed", log_steps=1))
+    arguments = command("killed", log_steps=1, save_minutes=0)
     assert start(arguments, DIE + 'at_call("evaluate", distill, 2)').codes == [-signal.SIGKILL]
     assert same_weights(undisturbed, run(arguments))
 
@@ -1028,13 +1036,11 @@ def test_a_checkpoint_of_every_step_can_be_continued(command):
 def test_checkpoints_that_cannot_be_continued(command, save_tiny, capsys, monkeypatch):
     monkeypatch.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
     refused(command("run"), capsys)
-    monkeypatch.setattr(distill, "train", None)  # what is refused is refused before the teacher is fine-tuned
-    monkeypatch.setattr(distill, "label_with_teacher", None)
+    monkeypatch.setattr(distill, "label_with_teacher", None)  # what is refused is refused before the work
     path = f"{output_of(command('run'))}/checkpoint.pt"
     untouched = Path(path).read_bytes()
-    for flags in ({}, {"teacher_epochs": 1}):
-        line = refused(command("run", alpha=0.25, epochs=9, **flags), capsys)
-        assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
+    line = refused(command("run", alpha=0.25, epochs=9), capsys)
+    assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
     assert Path(path).read_bytes() == untouched
     teacher = command("run")[1]
     save_tiny(os.path.basename(teacher), seed=99, num_hidden_layers=3, hidden_size=48)
@@ -1066,7 +1072,7 @@ def test_ctrl_c(command):
     stopped = start(arguments, DAWDLE.replace("DAWDLER", "0"), interrupt_at="now")
     assert stopped.codes == [130] and stopped.err == INTERRUPTED
     state = torch.load(f"{output_of(arguments)}/checkpoint.pt", weights_only=True)
-    assert state["progress"]["step"] == 7
+    assert state["step"] == 7
     assert same_weights(undisturbed, run(arguments))
 
 
@@ -1095,22 +1101,22 @@ def file_size_limit(size):
 
 
 # File -> from which call of which function on the disk is full, and the size limit. The calls of write(): 3 for labels,
-# 1 for an empty metrics.jsonl, 7 for checkpoints, 1 for results, 1 for the model card.
+# 1 for an empty metrics.jsonl, 6 for checkpoints, 1 for results, 1 for the model card.
 FULL_DISKS = {
     "teacher_logits/": (distill, "write", 2, 100),
-    "metrics.jsonl": (distill.RunFiles, "append", 1, 10),
+    "metrics.jsonl": (distill.RunFiles, "add", 1, 10),
     "model.safetensors": (distill, "save_model", 2, 100_000),
     "checkpoint.pt": (distill, "write", 6, 100_000),
-    "results.json": (distill, "write", 12, 100),
-    "README.md": (distill, "write", 13, 100),
+    "results.json": (distill, "write", 11, 100),
+    "README.md": (distill, "write", 12, 100),
 }
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(command, monkeypatch, capsys):
-    undisturbed = run(command("undisturbed", save_steps=5))
+    undisturbed = run(command("undisturbed", log_steps=5))
     for file, (owner, name, number, size) in FULL_DISKS.items():
         function, calls = getattr(owner, name), []
-        arguments = command(file.strip("/."), save_steps=5)
+        arguments = command(file.strip("/."), log_steps=5, save_minutes=0)
         folder = output_of(arguments)
         with contextlib.ExitStack() as limit, monkeypatch.context() as patched:
 
@@ -1182,7 +1188,7 @@ def test_several_ranks_train_like_one(command, ranks):
     norms = [[float(line) for line in open(f"{folder}/norms0")] for folder in (one, several)]
     assert len(norms[0]) == 21 and norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert {open(f"{several}/norms{rank}").read() for rank in range(1, ranks)} == {open(f"{several}/norms0").read()}
-    losses = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (one, several)]
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (one, several)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -1203,9 +1209,17 @@ def test_on_gpus_each_kind_of_tensor_has_its_backend(monkeypatch):
     """Rank 0's answers are CPU tensors, the gradients lie on the GPU."""
     asked = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend=None, **_: asked.append(backend))
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1", "RANK": "0"}
+    for name, value in {**group, "SM_NETWORK_INTERFACE_NAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     with distill.process_group(torch.device("cuda")):
         pass
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     backends = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(asked[0] or "undefined"))
     assert backends.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
 
@@ -1230,7 +1244,7 @@ WAIT_FOR_RANK_0 = """
 import datetime
 import torch.distributed as dist
 init = dist.init_process_group
-dist.init_process_group = lambda backend: init(backend, timeout=datetime.timedelta(seconds=2))
+dist.init_process_group = lambda *args, **flags: init(*args, **flags, timeout=datetime.timedelta(seconds=2))
 with distill.process_group(torch.device("cpu")):
     assert distill.from_rank0(lambda: time.sleep(4) or "downloaded", timeout=distill.DOWNLOADS) == "downloaded"
     print("waited", flush=True)
@@ -1245,7 +1259,7 @@ def test_only_downloads_are_waited_for_longer_than_torch_does():
 
 
 def test_two_ranks_continue_where_one_was_killed(command, save_tiny):
-    flags = {"teacher_id": save_tiny("dropout", hidden_dropout_prob=0.1), "student_id": "teacher", "save_steps": 2}
+    flags = {"teacher_id": save_tiny("dropout", hidden_dropout_prob=0.1), "student_id": "teacher", **EVERY_OTHER_STEP}
     undisturbed = command("undisturbed", **flags)
     assert start(undisturbed, ranks=2).codes == [0, 0]
     for moment, step in (('at_call("training_step", distill, 11)', 10), ('at_call("evaluate", distill, 2)', 12)):
@@ -1253,7 +1267,7 @@ def test_two_ranks_continue_where_one_was_killed(command, save_tiny):
         killed = start(arguments, f'{DIE}if os.environ["RANK"] == "1":\n    {moment}', ranks=2)
         assert killed.codes == [1, -signal.SIGKILL], killed.err
         again = start(arguments, ranks=2)
-        assert again.codes == [0, 0] and f"continuing the student: step {step}\n" in again.out
+        assert again.codes == [0, 0] and f"continuing at step {step}\n" in again.out
         assert same_weights(output_of(undisturbed), output_of(arguments))
 
 
@@ -1313,12 +1327,11 @@ def params_of(trial):
 
 
 def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch, capsys):
-    found, train = {}, distill.train
+    found, train = [], distill.train  # the trainings: one a trial, then the student's
 
-    def recording_train(args, name, *rest, **others):
-        progress = train(args, name, *rest, **others)
-        found[name] = progress.best
-        return progress
+    def recording_train(args, training, *others):
+        found.append(training)
+        return train(args, training, *others)
 
     monkeypatch.setattr(distill, "train", recording_train)
     folder = run(command("search", n_trials=7, alpha=1.0))  # the flag is not what the search goes by
@@ -1334,10 +1347,10 @@ def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch,
 
     best = best_of(trials)
     kept = [trial for trial in trials if trial["value"] == best["value"] and trial["state"] == "COMPLETE"]
-    best = min(kept, key=lambda trial: found[f"trial {trial['number']}"]["scores"]["loss"])
+    best = min(kept, key=lambda trial: found[trial["number"]].best_scores["loss"])
     assert {name: saved["arguments"][name] for name in distill.SEARCHED} == params_of(best)
-    trained = found[f"trial {best['number']}"]["weights"]  # it had others before it, and left nothing behind
-    assert all(torch.equal(trained[name], tensor) for name, tensor in found["student"]["weights"].items())
+    trained = found[best["number"]].best_weights  # it had others before it, and left nothing behind
+    assert len(found) == 8 and all(torch.equal(trained[name], found[7].best_weights[name]) for name in trained)
     assert saved["student"]["eval_accuracy"] == best["value"]
     by_itself = run(command("alone", **its_flags(best)))  # what the trial ran, as a command of its own
     assert same_weights(folder, by_itself) and metrics(folder) == metrics(by_itself)
@@ -1360,7 +1373,8 @@ def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
     """Each trial is worse than the one before it: the sixth has five others to be compared with."""
     suggest, numbers = distill.suggest, []
     monkeypatch.setattr(distill, "suggest", lambda trial: numbers.append(trial.number) or suggest(trial))
-    monkeypatch.setattr(distill, "training_step", lambda *args: torch.zeros(3))
+    parts = dict.fromkeys(("loss", "hard_loss", "soft_loss"), torch.zeros(()))
+    monkeypatch.setattr(distill, "training_step", lambda *args: parts)
     monkeypatch.setattr(
         distill,
         "evaluate",
@@ -1374,16 +1388,13 @@ def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
 
 
 def test_failed_trials_are_told_and_made_up_for(command, monkeypatch, capsys):
-    train, calls = distill.train, []
+    suggest = distill.suggest
 
-    def failing_train(*args, **flags):
-        calls.append(1)
-        if len(calls) in failing:
-            raise distill.LossNotFinite("the loss is not finite")
-        return train(*args, **flags)
+    def diverging(trial):
+        return suggest(trial) | ({"learning_rate": 1e30} if trial.number in failing else {})
 
-    monkeypatch.setattr(distill, "train", failing_train)
-    failing = {1}
+    monkeypatch.setattr(distill, "suggest", diverging)
+    failing = {0}
     folder = run(command("some", n_trials=2))
     said = capsys.readouterr()
     assert "trial 0: fail" in said.out and said.err == ""
@@ -1422,12 +1433,12 @@ def test_a_killed_search_goes_on(command, capsys):
     with open(f"{output_of(arguments)}/study.journal", "a") as file:
         file.write('{"op_code": 6, "wor')  # as if it had been killed while it wrote
     # Then once more, while the best hyperparameters are trained again.
-    again = 'at_call("save_checkpoint", distill.RunFiles, 2, counts=lambda files, *_: files.identity is not None)'
+    again = 'at_call("write", distill, 2, counts=lambda _, path: of_student(path))'
     killed = start(arguments, DIE + again)
     assert killed.codes == [-signal.SIGKILL] and "search: 2 of 3 trials are done" in killed.out
     trials = trials_of(run(arguments))
     said = capsys.readouterr().out
-    assert "search: 3 of 3 trials are done" in said and "continuing the student: step 7\n" in said
+    assert "search: 3 of 3 trials are done" in said and "continuing at step 7\n" in said
     assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE"]
     for number, params in before.items():
         assert params == params_of(trials[number])
@@ -1438,20 +1449,18 @@ def test_a_killed_search_goes_on(command, capsys):
 def test_each_rank_takes_trials(command):
     """Two ranks; one of them fails in its second trial; the same command then ends the search."""
     record = """
-torch.distributed.destroy_process_group = lambda: time.sleep(300 * ("FAIL" in os.environ))  # NCCL's waits for all
 train, calls = distill.train, []
-def recording_train(args, name, *others, **flags):
+def recording_train(*args):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2 and "FAIL" in os.environ:
         raise OSError("no space is left")
-    progress = train(args, name, *others, **flags)
-    print(f"rank {os.environ['RANK']}: {name} is trained", flush=True)
-    return progress
+    print(f"rank {os.environ['RANK']} trains, of {torch.distributed.get_world_size()}", flush=True)
+    return train(*args)
 distill.train = recording_train
 """
     arguments = command("search", n_trials=6)
-    failed = start(arguments, record, ranks=2, FAIL="1")
-    assert failed.codes == [1, 2] and failed.err.count("error: cannot write ") == 1, failed.err
+    failed = start(arguments, record, ranks=2, patience=2, FAIL="1")
+    assert failed.codes == [-signal.SIGKILL, 2] and failed.err.count("error: cannot write ") == 1, failed.err
     before = finished_trials(arguments)
     again = start(arguments, record, ranks=2)
     assert again.codes == [0, 0], again.err
@@ -1462,8 +1471,8 @@ distill.train = recording_train
     for number, params in before.items():
         assert params == params_of(trials[number])
     for rank in "01":
-        assert re.search(rf"rank {rank}: trial \d+ is trained", failed.out + again.out)
-    assert len(re.findall(r"rank \d: student is trained", again.out)) == 2
+        assert f"rank {rank} trains, of 1\n" in failed.out + again.out
+    assert len(re.findall(r"rank \d trains, of 2\n", again.out)) == 2
     alone = command("alone", **its_flags(best_of(trials)))
     assert start(alone, ranks=2).codes == [0, 0]
     assert same_weights(folder, output_of(alone)) and results(folder)["processes"] == 2
