@@ -48,6 +48,8 @@ def as_user_error(message, only=Exception):
     """Errors here become one line, the message and the reason: all, or those of files alone (only=OSError)."""
     try:
         yield
+    except BrokenPipeError:  # who reads the output has left
+        raise
     except Exception as error:
         hidden = isinstance(error.__context__, OSError) and not isinstance(error, OSError)  # as torch does
         cause = error.__context__ if hidden else error
