@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
+import io
 import json
 import math
 import multiprocessing
@@ -178,15 +181,15 @@ def start_anew(words, cwd=ROOT, **environment):
 
 
 DIE = """
-def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args: True):
-    # Die at the number-th call of owner.name for which counts() holds, after before().
+def at_call(name, owner, number, before=lambda *args: None, counts=lambda *args: True, by=signal.SIGKILL):
+    # Get the signal at the number-th call of owner.name for which counts() holds, after before().
     function, calls = getattr(owner, name), []
     def wrapper(*args, **flags):
         calls.extend([1] * counts(*args))
         if counts(*args) and len(calls) == number:
             before(*args)
             sys.stdout.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return function(*args, **flags)
     setattr(owner, name, wrapper)
 
@@ -458,6 +461,17 @@ def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+def test_a_damaged_teacher_labels_nothing(command, save_tiny, capsys):
+    folder = save_tiny("damaged")
+    damaged = weights(folder)
+    damaged["classifier.weight"][0, 0] = math.nan
+    safetensors.torch.save_file(damaged, f"{folder}/model.safetensors", {"format": "pt"})
+    for alpha in (0.5, 1.0):
+        arguments = command("run", teacher_id=folder, alpha=alpha)
+        assert "the teacher's answers are not finite" in refused(arguments, capsys)
+        assert os.listdir(output_of(arguments)) == []
+
+
 def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsys):
     flags = {"teacher_epochs": 2, "teacher_learning_rate": 1e-3, "student_id": "teacher", "student_layers": 1}
     folder = run(command("run", **flags, epochs=1, learning_rate=1e-12))
@@ -480,6 +494,25 @@ def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsy
     # Another teacher's training is begun in the same folder and diverges: the first is no longer there to be found.
     refused(command("run", **{**flags, "teacher_learning_rate": 1e30}, epochs=1), capsys)
     assert not again()
+
+
+def test_a_teacher_in_a_folder_of_that_name(command, tmp_path, monkeypatch):
+    """ "teacher" is also the word by which --student_id means the teacher."""
+    flags = {"teacher_epochs": 1, "epochs": 1, "student_layers": 2}
+    by_path = run(command("path", **flags, student_id=tmp_path / "teacher"))
+    monkeypatch.chdir(tmp_path)
+    by_name = run(command("name", **flags, teacher_id="teacher", student_id=tmp_path / "teacher"))
+    assert same_weights(f"{by_path}/teacher", f"{by_name}/teacher") and same_weights(by_path, by_name)
+
+
+def test_a_wrong_student_is_told_before_its_teacher_is_trained(command, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "fine_tune_teacher", None)
+    for flags, message in (
+        ({"student_id": "./nowhere"}, "no such folder: ./nowhere"),
+        ({"student_layers": 3}, "2 layers"),
+        ({"student_id": "teacher", "student_layers": 4}, "3 layers"),
+    ):
+        assert message in refused(command("run", **flags, teacher_epochs=1), capsys)
 
 
 def test_the_teachers_memory_is_freed_before_the_student_trains(command, monkeypatch):
@@ -828,6 +861,30 @@ def test_class_names_that_the_terminal_cannot_show(command, save_tiny, write_csv
     assert results(output_of(arguments))["classes"] == ["gut", "schön"]
 
 
+@pytest.mark.parametrize("last", ["on cpu", "trial 1"])
+def test_who_reads_the_output_may_leave(command, tmp_path, last):
+    """As `| head` does: nothing on stderr, and the exit code that a shell gives to such a program."""
+    out, err = str(tmp_path / "out"), str(tmp_path / "err")
+    os.mkfifo(out)
+
+    def read():
+        with open(out) as file:
+            next(line for line in file if last in line)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    finished = start(command("run", n_trials=3), files=[out, err])
+    reader.join()
+    assert (finished.codes, Path(err).read_text()) == ([141], "")
+
+
+def test_two_runs_in_a_notebook(command):
+    """Its stdout is no file, and the process goes on."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        one, other = [run(command(output, epochs=1)) for output in ("one", "other")]
+    assert same_weights(one, other) and json.loads(out.getvalue().splitlines()[-1])["student"]["model"] == other
+
+
 def test_a_missing_package_is_named(command, monkeypatch, capsys):
     for module, flags, message in (
         ("tensorboard", {"report_to": "tensorboard"}, "pip install tensorboard"),
@@ -855,6 +912,29 @@ def test_the_output_does_not_overwrite_its_input(command, capsys):
     run(command("run", teacher_id=f"{folder}/teacher", epochs=1))  # writes no teacher
 
 
+def test_a_second_run_keeps_out_of_the_first_ones_folders(command, monkeypatch):
+    train, others = distill.train, []
+
+    def while_it_trains(*args):
+        others.extend(start(words) for words in (arguments, command("other", checkpoint_dir=folder)))
+        return train(*args)
+
+    arguments = command("run", epochs=1)
+    folder = output_of(arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "train", while_it_trains)
+        run(arguments)
+    line = f"distill.py: error: another run is writing in {folder}: wait, or choose another --output_dir\n"
+    assert [(other.codes, other.err) for other in others] == [([2], line)] * 2
+    run(arguments)  # the first one has let it go
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run(arguments)
+
+
 # --- against a stand-in for the Hub, with the real clients ------------------------------------------------------------
 
 GLUE_README = """---
@@ -878,6 +958,10 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "127.0.0.1")
     with HubStandin(tmp_path / "hub") as hub:
         yield hub
+
+
+def pushed_text(folder):
+    return "".join(path.read_text(errors="replace") for path in folder.iterdir())
 
 
 def test_the_published_command_line_and_a_push(hub, tmp_path, save_tiny, old_repository, reviews):
@@ -916,8 +1000,7 @@ def test_the_published_command_line_and_a_push(hub, tmp_path, save_tiny, old_rep
     assert same_weights(pushed, tmp_path / "outputs")
     assert {"README.md", "config.json", "tokenizer.json", "metrics.jsonl"} <= set(os.listdir(pushed))
     assert not [name for name in os.listdir(pushed) if "logits" in name or "checkpoint" in name or "results" in name]
-    content = b"".join(path.read_bytes() for path in pushed.iterdir())  # nothing of this machine, and no secret
-    assert TOKEN.encode() not in content and str(tmp_path).encode() not in content and b"outputs" not in content
+    assert TOKEN not in pushed_text(pushed) and str(tmp_path) not in pushed_text(pushed)
     card = huggingface_hub.ModelCard.load(pushed / "README.md").data
     assert card.base_model == "google/bert_uncased_L-2_H-128_A-2" and card.datasets == ["nyu-mll/glue"]
     scores = [(score.metric_type, score.metric_name, score.metric_value) for score in card.eval_results]
@@ -964,7 +1047,7 @@ def test_what_the_hub_refuses_is_told_before_the_work(command, pushing, monkeypa
     assert pushing.created == {}
 
 
-def test_a_push_that_fails_need_not_train_again(command, pushing, capsys, monkeypatch):
+def test_a_push_that_fails_need_not_train_again(command, pushing, tmp_path, capsys, monkeypatch):
     """The Hub takes the repository, of which only the name is given, and later refuses the commit."""
     arguments, card = command("run", hub_model_id="student", hub_private="true"), distill.write_model_card
     with monkeypatch.context() as patched:
@@ -977,6 +1060,7 @@ def test_a_push_that_fails_need_not_train_again(command, pushing, capsys, monkey
     monkeypatch.setattr(distill, "training_step", None)
     assert same_weights(run(arguments), pushing.folder / "models/testuser/student")
     assert f"pushed to {pushing.url}/testuser/student\n" in capsys.readouterr().out
+    assert str(tmp_path) not in pushed_text(pushing.folder / "models/testuser/student")
     assert not os.path.exists(f"{folder}/checkpoint.pt")
 
 
@@ -1087,6 +1171,13 @@ def test_ctrl_c_reaches_every_rank(command):
         assert same_weights(output_of(undisturbed), output_of(arguments))
 
 
+def test_sigterm_waits_for_the_next_row_unless_it_comes_twice(command):
+    arguments = command("twice")
+    twice = "".join(f'at_call("training_step", distill, {step}, by=signal.SIGTERM)\n' for step in (3, 5))
+    assert start(arguments, DIE + twice).codes == [-signal.SIGTERM]
+    assert not os.path.exists(f"{output_of(arguments)}/checkpoint.pt")
+
+
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
@@ -1192,6 +1283,17 @@ def test_several_ranks_train_like_one(command, ranks):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_ranks_do_not_wait_for_parameters_that_are_not_reached(command, save_tiny):
+    """BigBird's classifier leaves its pooler out."""
+    flags = {"student_id": save_tiny("big_bird", "big_bird", attention_type="original_full"), "epochs": 1}
+    one, two = command("one", **flags), command("two", **flags)
+    for arguments, ranks in ((one, None), (two, 2)):
+        finished = start(arguments, ranks=ranks)
+        assert set(finished.codes) == {0}, finished.err
+    assert nearly_same_weights(output_of(one), output_of(two))
+    assert any("pooler" in name for name in weights(output_of(two)))
+
+
 def test_torchrun(command):
     """The real command: too little work for each rank is one line, in which all ranks agree."""
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", f"{ROOT}/distill.py"]
@@ -1216,7 +1318,8 @@ def test_on_gpus_each_kind_of_tensor_has_its_backend(monkeypatch):
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "1", "RANK": "0"}
     for name, value in {**group, "SM_NETWORK_INTERFACE_NAME": "lo"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is put back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     with distill.process_group(torch.device("cuda")):
         pass
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
@@ -1238,6 +1341,25 @@ def test_too_few_gpus_are_told_before_any_process_connects(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "2 processes on this machine, but 1 GPUs: lower --nproc_per_node" in refused([], capsys)
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(tmp_path, monkeypatch, capsys):
+    def init():
+        raise RuntimeError("the NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    for name, value in (("SM_NUM_GPUS", "1"), ("PATH", f"{tmp_path}:{os.environ['PATH']}")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            line = refused([], capsys)
+            assert "torch cannot use this machine's GPU (with CUDA_VISIBLE_DEVICES= it takes the CPU): " in line
+            assert "the NVIDIA driver on your system is too old" in line
+            patched.setenv("CUDA_VISIBLE_DEVICES", "")
+            assert distill.choose_device().type == "cpu"
 
 
 WAIT_FOR_RANK_0 = """
@@ -1269,6 +1391,20 @@ def test_two_ranks_continue_where_one_was_killed(command, save_tiny):
         again = start(arguments, ranks=2)
         assert again.codes == [0, 0] and f"continuing at step {step}\n" in again.out
         assert same_weights(output_of(undisturbed), output_of(arguments))
+
+
+def test_sigterm_to_one_rank_stops_all_at_the_next_row(command, save_tiny):
+    flags = {"teacher_id": save_tiny("dropout", hidden_dropout_prob=0.1), "student_id": "teacher", "log_steps": 4}
+    undisturbed, arguments = command("undisturbed", **flags), command("stopped", **flags)
+    assert start(undisturbed, ranks=2).codes == [0, 0]
+    term = 'at_call("training_step", distill, 10, by=signal.SIGTERM)'
+    stopped = start(arguments, f'{DIE}if os.environ["RANK"] == "1":\n    {term}', ranks=2)
+    assert stopped.codes == [143, 143], stopped.err
+    assert stopped.err == "distill.py: error: stopped by SIGTERM at step 12: the same command continues there\n"
+    again = start(arguments, ranks=2)
+    assert again.codes == [0, 0] and "continuing at step 12\n" in again.out
+    undisturbed, stopped = output_of(undisturbed), output_of(arguments)
+    assert same_weights(undisturbed, stopped) and metrics(undisturbed) == metrics(stopped)
 
 
 # --- text without labels ---------------------------------------------------------------------------------------------
@@ -1444,6 +1580,18 @@ def test_a_killed_search_goes_on(command, capsys):
         assert params == params_of(trials[number])
     assert len({trial["learning_rate"] for trial in trials}) == 4
     assert same_weights(output_of(arguments), run(command("alone", **its_flags(best_of(trials)))))
+
+
+def test_a_checkpoint_of_other_hyperparameters_is_refused_after_more_trials(command, monkeypatch, capsys):
+    suggest, rates = distill.suggest, (1e-3, 1e-12)  # with such a teacher, it is best to learn nothing
+    monkeypatch.setattr(
+        distill, "suggest", lambda trial: suggest(trial) | {"alpha": 0.0, "learning_rate": rates[trial.number]}
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
+        refused(command("run", n_trials=1, best_by="loss"), capsys)
+    line = refused(command("run", n_trials=2, best_by="loss"), capsys)
+    assert "was left by another command (best epochs was " in line and "best learning_rate was " in line
 
 
 def test_each_rank_takes_trials(command):
