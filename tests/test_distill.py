@@ -633,6 +633,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(distill, "training_step", poisoned_step)
         assert refused(arguments, capsys).endswith("error: the loss is not finite: lower the learning rate\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as before the run
     state = torch.load(f"{output_of(arguments)}/checkpoint.pt", weights_only=True)
     assert state["step"] == 9 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
