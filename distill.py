@@ -716,27 +716,28 @@ def write_model_card(args, results):
     teacher, dataset = data.hub_id(args.teacher_id, "model"), data.hub_id(args.dataset_id, "dataset")
     on_hub = dataset is not None and args.dataset_id != "demo"  # where the scored splits are; the demo's are its own
     where = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     student, scores, kind = results["student"], [], "text-classification"
     for role, split in (("eval", args.eval_split), ("test", args.test_split)) if on_hub else ():
-        for name, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
+        for score, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
             if split:
-                its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{name}"]}
+                its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{score}"]}
                 scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
     metadata = huggingface_hub.ModelCardData(
-        model_name=args.hub_model_id or Path(args.output_dir).resolve().name,
+        model_name=name if scores else None,  # of the scores
         base_model=teacher if args.student_id == "teacher" else data.hub_id(args.student_id, "model"),
         datasets=dataset and [dataset],
         library_name="transformers",
         pipeline_tag=kind,
         tags=["knowledge-distillation"],
-        eval_results=scores,
+        eval_results=scores or None,
     )
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
     card = f"""---
 {metadata.to_yaml()}
 ---
 
-# {metadata.model_name}
+# {name}
 
 A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from a larger teacher,
 {teacher or "a local model"}, on {dataset or "a local data set"}.
@@ -745,7 +746,7 @@ The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g};
 
 {results_table(results)}
 
-Use: `transformers.pipeline("text-classification", "{metadata.model_name}", truncation=True)`
+Use: `transformers.pipeline("text-classification", "{name}", truncation=True)`
 
 Training: {", ".join(f"{flag} {getattr(args, flag)}" for flag in flags)}.
 """
@@ -1238,7 +1239,10 @@ def check_before_start(args, device, held):
     if args.compile:  # it needs a C++ compiler, on GPUs Triton
         with as_user_error("--compile does not work on this machine"):
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    if args.teacher_epochs:  # what is wrong with the student is told before; what it says is said when it is needed
+    if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
+        given = {name: value for name, value in asdict(args).items() if value is not None}
+        flags = {name: given[name] for name in given if name not in NOT_PART_OF_TRAINING}
+        check_same_command(args, read(Path(args.checkpoint_dir, "checkpoint.pt")), flags)
         with contextlib.redirect_stdout(io.StringIO()):
             read_student(replace(args, teacher_epochs=0), ["0", "1"])
     if not args.hub_model_id:

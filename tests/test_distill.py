@@ -839,13 +839,13 @@ def test_model_card(command):
     card, saved = huggingface_hub.ModelCard.load(f"{folder}/README.md"), results(folder)
     assert card.data.pipeline_tag == "text-classification" and card.data.library_name == "transformers"
     assert card.data.base_model is None and card.data.datasets is None  # a local folder is no id on the Hub,
-    assert card.data.eval_results == []  # and scores need one; the table has them all the same
+    assert card.data.eval_results is None  # and scores need one; the table has them all the same
     assert distill.results_table(saved) in card.content
     args = distill.parse_args(["--demo", "--output_dir", folder])
     distill.write_model_card(args, saved)
     demo = huggingface_hub.ModelCard.load(f"{folder}/README.md").data
     assert demo.datasets == ["cornell-movie-review-data/rotten_tomatoes"]
-    assert demo.eval_results == []  # its splits are not the Hub's
+    assert demo.eval_results is None  # its splits are not the Hub's
     assert data.hub_id("demo", "model") == demo.base_model == "sentence-transformers/all-MiniLM-L6-v2"
     assert data.hub_id("google/bert_uncased_L-2_H-128_A-2", "model") == "google/bert_uncased_L-2_H-128_A-2"
 
@@ -1122,11 +1122,13 @@ def test_a_checkpoint_of_every_step_can_be_continued(command):
 def test_checkpoints_that_cannot_be_continued(command, save_tiny, capsys, monkeypatch):
     monkeypatch.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
     refused(command("run"), capsys)
-    monkeypatch.setattr(distill, "label_with_teacher", None)  # what is refused is refused before the work
+    for work in ("label_with_teacher", "fine_tune_teacher"):  # what is refused is refused before it
+        monkeypatch.setattr(distill, work, None)
     path = f"{output_of(command('run'))}/checkpoint.pt"
     untouched = Path(path).read_bytes()
-    line = refused(command("run", alpha=0.25, epochs=9), capsys)
-    assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
+    for flags in ({}, {"teacher_epochs": 1}):
+        line = refused(command("run", alpha=0.25, epochs=9, **flags), capsys)
+        assert path in line and "alpha was 0.5, is 0.25" in line and "epochs was 3, is 9" in line
     assert Path(path).read_bytes() == untouched
     teacher = command("run")[1]
     save_tiny(os.path.basename(teacher), seed=99, num_hidden_layers=3, hidden_size=48)
