@@ -86,19 +86,39 @@ KNOWN_TEXT_COLUMNS = (
     ("text",),
 )
 
+NO_LABEL = -100  # cross_entropy's own ignore_index
+
 
 @dataclass
 class Split:
-    """One split's texts, still in Arrow, and its labels."""
+    """One split's texts, still in Arrow, its labels, and the answers of a teacher that is a column."""
 
     texts: datasets.Dataset  # only the one or two text columns
-    labels: torch.Tensor  # [N] int64, indices into the class names
+    labels: torch.Tensor  # [N] int64, indices into the class names, or NO_LABEL
+    answers: torch.Tensor | None = None  # [N, C] float32 logits
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.texts)
+
+    def __add__(self, other):
+        answers = None if self.answers is None else torch.cat([self.answers, other.answers])
+        texts = datasets.concatenate_datasets([self.texts, other.texts])
+        return Split(texts, torch.cat([self.labels, other.labels]), answers)
+
+    def select(self, rows):
+        answers = None if self.answers is None else self.answers[rows]
+        return Split(self.texts.select(rows), self.labels[rows], answers)
 
 
-def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=None, label_column="label"):
+def load_splits(
+    dataset_id,
+    dataset_config=None,
+    split_names=None,
+    text_columns=None,
+    label_column="label",
+    teacher_columns=(),
+    teacher_classes=None,
+):
     """Read the splits of a data set and check that a classifier can be trained and scored on them.
 
     Args:
@@ -106,35 +126,57 @@ def load_splits(dataset_id, dataset_config=None, split_names=None, text_columns=
         split_names: role to split name, by default {"train": "train", "eval": "validation"}; a slice such as
             "train[:90%]" is a split name too. A single file has one split, "train": where "validation" is asked of it,
             a tenth of each class is held out, always the same.
+        label_column: "none" if no split has labels. If there is a teacher, the training split need not have any.
+        teacher_columns: where a teacher's answers lie, see read_answers().
+        teacher_classes: the class names of a teacher that is a model.
 
     Returns (splits, class_names): role to Split, and the class names in the order of the label ids, those of the data
-    set's ClassLabel, else the training split's labels, sorted. Raises UserError: it cannot be read or trained on.
+    set's ClassLabel, else the training split's labels, sorted, or without labels there the teacher's. Raises UserError:
+    it cannot be read or trained on.
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
-    splits, class_names, seen = {}, None, None
+    splits, class_names, seen, may_lack_labels = {}, None, None, bool(teacher_columns or teacher_classes)
     for role, name in split_names.items():  # the training split comes first
         if role == "eval" and name == "validation" and os.path.isfile(os.path.expanduser(dataset_id)):
             splits |= hold_out(splits["train"])
             continue
         table, where = read_split(dataset_id, dataset_config, name)
-        text_columns = text_columns or find_text_columns(table, label_column, where)
+        text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
         check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
-        texts, labels = select_texts(table, text_columns, where), read_labels(table, label_column, where)
+        texts = select_texts(table, text_columns, where)
+        unlabeled = may_lack_labels and label_column not in table.column_names
+        labels = None if unlabeled else read_labels(table, label_column, where)
+        may_lack_labels = unlabeled if role == "train" else may_lack_labels
         for column in text_columns:
             row = pc.index(matches(texts, column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to be seen
             check(not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row")
-        if class_names is None:
+        if role == "train" and not unlabeled:
             class_names = classes_of(labels, table.features[label_column], where)
-        row = pc.index(pc.is_in(labels, value_set=pa.array(seen or class_names)), False).as_py()
-        if row >= 0:
-            hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
-            found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
-            raise UserError(f"{found}, does not occur in training: {listed(seen or class_names)}")
-        seen = seen or sorted(pc.unique(labels).to_pylist(), key=class_names.index)
-        check(len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes")
-        splits[role] = Split(texts, torch.tensor(pc.index_in(labels, pa.array(class_names)).to_pylist()))
+            seen = sorted(pc.unique(labels).to_pylist(), key=class_names.index)
+            check(len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes")
+        answers, class_names = read_answers(table, teacher_columns, class_names or teacher_classes, where)
+        ids = torch.full((len(texts),), NO_LABEL) if unlabeled else label_ids(labels, class_names, seen, where)
+        splits[role] = Split(texts, ids, answers)
+    if may_lack_labels and label_column != "none":
+        check(any(NO_LABEL not in split.labels for split in splits.values()), no_column(label_column, table, where))
+        print(f"the training split has no column '{label_column}': its labels are the teacher's alone")
+    elif teacher_columns and not may_lack_labels:
+        compare_orders(splits["train"], class_names)
     check_scored(splits, split_names, class_names)
     return splits, class_names
+
+
+def label_ids(labels, class_names, seen, where):
+    """The labels as indices into the class names. Raises UserError for one that is not seen in training."""
+    if seen is None:  # in training there are only the teacher's answers, whose classes may be spelled otherwise
+        index = match_names(pc.unique(labels).to_pylist(), class_names)
+        labels = pa.array([class_names[index[name]] if name in index else name for name in labels.to_pylist()])
+    row = pc.index(pc.is_in(labels, value_set=pa.array(seen or class_names)), False).as_py()
+    if row >= 0:
+        hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
+        found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
+        raise UserError(f"{found}, does not occur in training: {listed(seen or class_names)}")
+    return torch.tensor(pc.index_in(labels, pa.array(class_names)).to_pylist())
 
 
 def no_column(column, table, where):
@@ -146,9 +188,9 @@ def no_column(column, table, where):
     return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column, or rename it"
 
 
-def find_text_columns(table, label_column, where):
-    """The names of the text columns: well-known ones, else the only column of text."""
-    others = [name for name in table.column_names if name != label_column]
+def find_text_columns(table, known, where):
+    """The names of the text columns: well-known ones, else the only column of text that is not otherwise known."""
+    others = [name for name in table.column_names if name not in known]
     for names in KNOWN_TEXT_COLUMNS:
         if set(names) <= set(others):
             return list(names)
@@ -179,10 +221,7 @@ def select_texts(table, names, where):
 def read_labels(table, label_column, where):
     """The labels as a pyarrow array of strings, without blanks around them. Whole numbers may be stored as floats."""
     check(label_column in table.column_names, no_column(label_column, table, where))
-    labels, feature = column_of(table, label_column), table.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
-        labels = pa.array(["-1", *feature.names]).take(pc.add(labels, 1))
-    kind = kind_of(table, label_column)
+    labels, kind = column_of(table, label_column), kind_of(table, label_column)
     check(kind != "lists", f"several labels a text in {where}: this trains on one a text")
     if kind == "floats":
         with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
@@ -199,7 +238,9 @@ def read_labels(table, label_column, where):
 
 def column_of(table, name):
     """A whole column as a pyarrow.ChunkedArray; unlike table.data, it respects a selection of rows."""
-    column = table.with_format("arrow")[:][name]
+    column, feature = table.with_format("arrow")[:][name], table.features[name]
+    if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
+        return pa.array(["-1", *feature.names]).take(pc.add(column, 1))
     return column.cast(pa.string()) if column.type == "string_view" else column  # whose text pyarrow cannot search
 
 
@@ -231,11 +272,11 @@ def hold_out(split):
     for label in split.labels.unique():
         rows = generator.permutation(np.flatnonzero(split.labels == label))
         drawn.extend(rows[: round(len(rows) / 10)])
-    enough = len(split.labels[drawn].unique()) > 1
-    check(enough, "too few examples to hold out a tenth of each class: give a validation split, see --eval_split")
-    print(f"a tenth of each class, {len(drawn):,} examples, is held out as eval split")
-    rows = {"train": np.setdiff1d(np.arange(len(split)), drawn), "eval": np.sort(drawn)}
-    return {role: Split(split.texts.select(rows[role]), split.labels[rows[role]]) for role in rows}
+    what = "a tenth" if NO_LABEL in split.labels else "a tenth of each class"
+    enough = len(split.labels[drawn].unique()) >= min(2, len(split.labels.unique()))
+    check(enough, f"too few examples to hold out {what}: give a validation split, see --eval_split")
+    print(f"{what}, {len(drawn):,} examples, is held out as eval split")
+    return {"train": split.select(np.setdiff1d(np.arange(len(split)), drawn)), "eval": split.select(np.sort(drawn))}
 
 
 def check_scored(splits, split_names, class_names):
@@ -244,27 +285,31 @@ def check_scored(splits, split_names, class_names):
     scored = set(chain.from_iterable(keys.values()))
     learned = {key for key in normalized(splits["train"].texts) if key in scored}
     for role in keys:
-        where, classes = f"split '{split_names[role]}'", splits[role].labels.unique()
-        only = class_names[classes[0]]
-        check(len(classes) > 1, f"every label in {where} is '{only}': shuffle the file before it is cut into splits")
-        if 2 * len(classes) <= len(class_names):
-            print(f"warning: {where} has examples of only {len(classes)} of the {len(class_names)} classes")
+        where = f"split '{split_names[role]}'"
+        if NO_LABEL not in splits[role].labels:
+            classes = splits[role].labels.unique()
+            only = f"every label in {where} is '{class_names[classes[0]]}'"
+            check(len(classes) > 1, f"{only}: shuffle the file before it is cut into splits")
+            if 2 * len(classes) <= len(class_names):
+                print(f"warning: {where} has examples of only {len(classes)} of the {len(class_names)} classes")
         copies = sum(key in learned for key in keys[role])
         if copies:
             print(f"warning: {copies:,} of the {len(keys[role]):,} texts in {where} are in the training split too")
 
 
-def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
-    """Read text without labels, for the teacher to label and the student to learn from.
+def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", teacher_columns=(), class_names=None):
+    """Read text without labels, for the teacher to label, or labeled by it, and for the student to learn from.
 
     Examples that also occur in the eval or test split are left out: the student must not train on what it is scored on.
 
-    Returns a datasets.Dataset with the columns of splits["train"].texts, and how many were left out, by reason.
+    Returns a Split with the text columns of splits["train"], and how many examples were left out, by reason.
     """
     table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     names = wanted = splits["train"].texts.column_names
-    if len(wanted) == 1 and wanted[0] not in table.column_names and len(prose(table, table.column_names)) == 1:
-        names = prose(table, table.column_names)  # a single text column may have another name here
+    if len(wanted) == 1 and wanted[0] not in table.column_names:
+        found = prose(table, [name for name in table.column_names if name not in teacher_columns])
+        names = found if len(found) == 1 else wanted  # a single text column may have another name here
+    answers, _ = read_answers(table, teacher_columns, class_names, where)
     texts = select_texts(table, names, where).rename_columns(dict(zip(names, wanted, strict=True)))
     scored = set(chain.from_iterable(normalized(split.texts) for role, split in splits.items() if role != "train"))
     kept, left_out = [], {"also in eval or test": 0, "empty": 0}
@@ -276,8 +321,9 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train"):
         else:
             kept.append(row)
     check(kept, f"no text is left of {where}")
-    texts, features = texts.select(kept), splits["train"].texts.features
-    return texts if texts.features == features else texts.cast(features), left_out
+    features = splits["train"].texts.features
+    texts = texts if texts.features == features else texts.cast(features)
+    return Split(texts, torch.full((len(texts),), NO_LABEL), answers).select(kept), left_out
 
 
 def normalized(texts):
@@ -292,6 +338,128 @@ def normalize(text):
     if not text.isprintable():  # nor is an emoji that Python does not know yet
         text = "".join(mark for mark in text if mark.isspace() or unicodedata.category(mark) not in ("Cc", "Cf"))
     return unicodedata.normalize("NFC", " ".join(text.lower().split()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher's answers in a column
+
+LOG_ZERO = math.log(1e-8)  # stands for the logarithm of a probability of 0
+
+
+def read_answers(table, columns, class_names, where):
+    """Read a teacher's answers: a column of lists, dictionaries or class names, or C columns of numbers.
+
+    Returns (logits, class names): [N, C] float32, or None where no columns are named. If class_names is None, they are
+    the column's own, sorted; those of a list without names are 0 to C - 1. Raises UserError.
+    """
+    if not columns:
+        return None, class_names
+    for column in columns:
+        check(column in table.column_names, no_column(column, table, where))
+    ends = [[name for name in class_names or [] if column.casefold().endswith(name.casefold())] for column in columns]
+    names = [max(end, key=len, default=column) for end, column in zip(ends, columns, strict=True)]  # prob_joy: joy
+    where, answers = f"{where}, column '{','.join(columns)}'", []
+    cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
+    for row, values in enumerate(zip(*cells, strict=True), 1):
+        try:
+            answers.append(read_answer(values, names))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"{one_line(error)} (in a csv file, lists and dictionaries are JSON)"
+            raise UserError(f"{where}, row {row}: cannot read {str(values)[:80]}: {reason}") from None
+    if blank := [row for row, answer in enumerate(answers, 1) if not answer]:
+        raise UserError(f"{where}: {len(blank):,} rows have no answer, first row {blank[0]}: fill or remove them")
+
+    found = list(dict.fromkeys(chain.from_iterable(answers)))
+    named = [name for name in found if isinstance(name, str)]
+    if class_names is None:
+        class_names = classes_of(pa.array(named), None, where) if named else list(map(str, answers[0]))
+        check(len(class_names) > 1, f"{where}: every answer is '{class_names[0]}': a classifier needs two classes")
+    index = {**dict(enumerate(range(len(class_names)))), **match_names(named, class_names)}
+    known = f"the classes are {listed(class_names)}"
+    fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names)
+    check(fits, f"{where}: each class needs a column that is named like it, or ends in it; {known}")
+    numbers = np.full((len(answers), len(class_names)), np.nan)
+    for row, answer in enumerate(answers):
+        if 0 in answer and len(answer) != len(class_names):
+            raise UserError(f"{where}, row {row + 1}: {len(answer)} numbers; {known}")
+        if unknown := [name for name in answer if name not in index]:
+            raise UserError(f"{where}, row {row + 1}: '{unknown[0]}' is no class; {known}")
+        numbers[row, [index[name] for name in answer]] = list(answer.values())
+    logits, kind = as_logits(numbers, where)
+    order = "by name" if named else f"assumed to be in the order {listed(class_names)}"
+    print(f"the teacher's answers in {where}: {kind}, {order}")
+    return logits, class_names
+
+
+def read_answer(values, names):
+    """A row's cell, or its C cells, as {class name, or place in a list: number}; {} where an answer is missing."""
+    [cell, *more] = values
+    if more:
+        cell = {} if any(value in (None, "") for value in values) else dict(zip(names, values, strict=True))
+    if isinstance(cell, str) and cell.strip().startswith(("[", "{")):
+        cell = json.loads(cell)
+    if isinstance(cell, list) and any(isinstance(item, dict) for item in cell):  # as a pipeline writes it
+        cell = {item["label"]: item["score"] for item in cell}
+    if isinstance(cell, list):
+        answer = {place: float(number) for place, number in enumerate(cell)}
+    elif isinstance(cell, dict):  # in Arrow every row has all keys
+        answer = {spelled(name): float(number) for name, number in cell.items() if number is not None}
+    else:
+        cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+        if isinstance(cell, float):
+            raise TypeError("a number alone is no answer")
+        answer = {} if cell is None or not str(cell).strip() else {spelled(cell): 1.0}
+    if not all(map(math.isfinite, answer.values())):
+        raise ValueError("not every number is finite")
+    return answer
+
+
+def spelled(name):
+    """A class name as read_labels() spells it."""
+    return unicodedata.normalize("NFC", str(name).strip())
+
+
+def as_logits(numbers, where):
+    """What the numbers [N, C] are, NaN where a class is not named, and their logits: the whole column decides."""
+    unnamed = np.isnan(numbers)
+    if (numbers < 0).any():
+        row = unnamed.any(1).argmax() + 1
+        check(not unnamed.any(), f"{where}, row {row}: logits, since some are below 0, but not of every class")
+        return torch.from_numpy(numbers.astype(np.float32)), "logits"
+    numbers = np.where(unnamed, 0, numbers)
+    sums, whole = numbers.sum(1), (numbers % 1 == 0).all()
+    wrong = sums == 0 if whole else abs(sums - 1) > 0.01
+    row, kinds = wrong.argmax(), "neither logits (some below 0) nor probabilities (they sum to 1) nor votes (all whole)"
+    check(not wrong.any(), f"{where}, row {row + 1}: the numbers sum to {sums[row]:g}; the column's are {kinds}")
+    kind = "probabilities" if not whole else "votes" if sums.max() > 1 else "hard answers"
+    return torch.from_numpy(np.log(np.maximum(numbers / sums[:, None], 1e-8)).astype(np.float32)), kind
+
+
+def match_names(names, class_names):
+    """Name to index of the class: by exact spelling, else by number, else without case. An unknown name is left out."""
+    count, numbered = range(len(class_names)), any(name.isdecimal() for name in class_names)
+    exact = {name: i for i, name in enumerate(class_names)}
+    numbers = {f"LABEL_{i}": i for i in count} | ({} if numbered else {str(i): i for i in count})
+    folded = {name.casefold(): i for name, i in exact.items()}
+    for known, spelling in ((exact, str), (numbers, str), (folded, str.casefold)):
+        index = {name: known[spelling(name)] for name in names if spelling(name) in known}
+        if len(index) == len(names):
+            break
+    if known is numbers and index:
+        theirs = listed(sorted(index, key=index.get))
+        print(f"assumed to be in the same order: {theirs} and the classes {listed(class_names)}")
+    return index
+
+
+def compare_orders(split, class_names):
+    """Say so where the answers would agree with the labels far better if the classes were in another order."""
+    counts, places = torch.zeros(len(class_names), len(class_names)), torch.arange(len(class_names))
+    counts.index_put_((split.answers.argmax(1), split.labels), torch.tensor(1.0), accumulate=True)
+    order = (counts + torch.eye(len(places)) / 2).argmax(1)  # a class that is never the answer keeps its place
+    now, then = (counts[places, labels].sum() / len(split) for labels in (places, order))
+    if len(order.unique()) == len(order) and then > now + 0.2:
+        names = ", ".join(class_names[label] for label in order)
+        print(f"warning: {now:.0%} of the answers agree with the labels; in the order {names}, {then:.0%} would")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

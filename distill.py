@@ -57,6 +57,7 @@ class Config:
 
     # Models
     teacher_id: str = flag("textattack/bert-base-uncased-SST-2", "Hub id or local folder")
+    teacher_column: list = flag(None, "instead of teacher_id: the column of its answers, or one per class, see README")
     student_id: str = flag("google/bert_uncased_L-2_H-128_A-2", "or 'teacher', to start from the teacher's weights")
     student_layers: int = flag(None, "keep N layers of student_id, evenly spaced; all by default", at_least=1)
     # Data
@@ -66,7 +67,7 @@ class Config:
     eval_split: str = flag("validation", "split scored after every epoch; the best epoch is kept")
     test_split: str = flag(None, "split scored once, at the end")
     text_columns: list = flag(None, "one or two, comma-separated; by default found by their usual names")
-    label_column: str = flag("label", "column of the true labels")
+    label_column: str = flag("label", "column of the true labels; none: no split has any")
     unlabeled_id: str = flag(None, "text without labels, for the teacher to label: Hub id, folder, file or 'demo'")
     unlabeled_config: str = flag(None, "configuration of --unlabeled_id")
     unlabeled_split: str = flag("train", "split of --unlabeled_id")
@@ -77,7 +78,7 @@ class Config:
     teacher_learning_rate: float = flag(5e-5, "peak, for --teacher_epochs", above=0)
     cache_teacher: bool = flag(True, "label once; false: run the teacher in every training step")
     alpha: float = flag(0.5, "weight of the true labels; 1 is plain fine-tuning", at_least=0, at_most=1)
-    temperature: float = flag(4.0, "softens both distributions in the teacher's term", above=0)
+    temperature: float = flag(None, "softens both distributions; by default 4, or 1 where an answer is 0", above=0)
     # Optimization
     epochs: int = flag(7, "passes over the training split", at_least=1)
     batch_size: int = flag(128, "examples per step, over all processes; the teacher's too", at_least=1)
@@ -85,7 +86,7 @@ class Config:
     weight_decay: float = flag(0.0, "of AdamW; not applied to biases and norms", at_least=0)
     warmup_ratio: float = flag(0.0, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
-    best_by: str = flag("accuracy", "on eval: which epoch is kept", choices=("accuracy", "macro_f1", "loss"))
+    best_by: str = flag("accuracy", "which epoch is kept", choices=("accuracy", "macro_f1", "agreement", "loss"))
     seed: int = flag(33, "of new weights, batches, dropout and search", at_least=0, at_most=2**63 - 1)
     n_trials: int = flag(0, "search epochs, learning_rate, alpha and temperature first", at_least=0)
     # Machine
@@ -108,6 +109,11 @@ class Config:
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
         check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
         check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
+        if self.teacher_column:
+            given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
+            flags = "--teacher_id, --teacher_epochs, --cache_teacher and --student_id teacher"
+            check(not given and self.student_id != "teacher", f"--teacher_column takes the place of {flags}")
+            self.teacher_id = None
         if self.dataset_id == "nyu-mll/glue" and self.dataset_config is None:
             self.dataset_config = "sst2"
         job = os.environ.get("SM_MODEL_DIR")  # set by SageMaker
@@ -137,32 +143,34 @@ DEMO |= {"teacher_epochs": 2, "teacher_learning_rate": 1e-4, "epochs": 5, "batch
 def run(args, device):
     """Train one model: turn text, a teacher and a student into a scored student in output_dir. Raises UserError.
 
-    Every process runs this. There always is a process group: without torchrun, of one process. Without a teacher_id the
+    Every process runs this. There always is a process group: without torchrun, of one process. Without a teacher
     true labels alone teach: so is a teacher made, see fine_tune_teacher().
     """
     # 1. Rank 0 reads data and models, and all receive what it read, or its error.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS).to(device)
     splits = task.student_splits
+    args = settle(args, splits)
     scored = {role: split for role, split in splits.items() if role != "train"}
     identity = identity_of(args, task)
-    if task.teacher is None and from_rank0(lambda: is_finished(args, identity)):
+    if task.teacher is None and not args.teacher_column and from_rank0(lambda: is_finished(args, identity)):
         return
     checkpoint = from_rank0(lambda: read(Path(args.checkpoint_dir, "checkpoint.pt")))  # of a killed run; else None
     check_same_command(args, checkpoint, identity)
     parameters = {"student": task.student.num_parameters()}
     scores, seconds, live_teacher, trials = {}, {}, None, []
 
-    # 2. The teacher labels every example.
+    # 2. The teacher labels every example, unless its answers are a column of the data.
     if task.teacher is not None:
         parameters["teacher"] = task.teacher.num_parameters()
         start = time.perf_counter()
         label_with_teacher(args, task)
         seconds["labeling"] = time.perf_counter() - start
-        scores["teacher"] = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
-        report_teacher(scores["teacher"]["eval"], splits["eval"].labels, task.class_names)
         if args.teaches and not args.cache_teacher:
             live_teacher = make_live_teacher(args, task)
         task.teacher = task.teacher_splits = None  # frees their memory, unless live_teacher still needs them
+    if splits["eval"].teacher_logits is not None:
+        scores["teacher"] = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
+        report_teacher(scores["teacher"]["eval"], splits["eval"].labels, task.class_names)
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
     if args.n_trials:
@@ -291,12 +299,13 @@ def predict(model, tokens, precision, bar=None):
 
 def score(logits, labels, teacher_logits=None):
     """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, the share of equal answers."""
-    answers = logits.argmax(-1)
-    scores = {
-        "accuracy": (answers == labels).double().mean().item(),
-        "macro_f1": macro_f1(answers, labels),
-        "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
-    }
+    answers, scores = logits.argmax(-1), {}
+    if NO_LABEL not in labels:
+        scores["accuracy"] = (answers == labels).double().mean().item()
+        scores["macro_f1"] = macro_f1(answers, labels)
+        scores["loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
+    elif teacher_logits is not None:  # where there are no labels, the loss is that against the teacher
+        scores["loss"] = torch.nn.functional.cross_entropy(logits, teacher_logits.softmax(-1)).item()
     if teacher_logits is not None:
         scores["agreement"] = (answers == teacher_logits.argmax(-1)).double().mean().item()
     return scores
@@ -494,6 +503,7 @@ class Task:
     def to(self, device):
         for split in (*self.teacher_splits.values(), *self.student_splits.values()):
             split.tokens, split.labels = split.tokens.to(device), split.labels.to(device)
+            split.teacher_logits = None if split.teacher_logits is None else split.teacher_logits.to(device)
         for model in filter(None, (self.teacher, self.student)):
             model.to(device)
         return self
@@ -503,27 +513,28 @@ def read_task(args):
     """Read data and models and check that they fit each other. Returns a Task; raises UserError."""
     split_names = {"train": args.train_split, "eval": args.eval_split}
     split_names |= {"test": args.test_split} if args.test_split else {}
-    columns = (args.text_columns, args.label_column)
+    teacher = teacher_tokenizer = teacher_classes = None
+    if args.teacher_id is not None:
+        teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
+        teacher_classes = data.class_names(teacher.config)
+    columns = (args.text_columns, args.label_column, args.teacher_column or (), teacher_classes)
     splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, split_names, *columns)
+    labeled = (splits["train"].labels != NO_LABEL).sum().item()
     sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
 
-    teacher = teacher_tokenizer = None
-    if args.teacher_id is not None:
-        teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
+    if teacher is not None and labeled:
         class_names = data.adopt_classes(teacher, class_names, splits)
     student, student_tokenizer = read_student(args, class_names)
     teacher_tokenizer = teacher_tokenizer or student_tokenizer
 
-    labeled = len(splits["train"])
     if args.unlabeled_id:
-        texts, left_out = data.load_unlabeled(splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
+        where = (args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
+        more, left_out = data.load_unlabeled(splits, *where, args.teacher_column or (), class_names)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        say(f"unlabeled: {len(texts):,} examples; left out: {reasons}")
-        # They follow the labeled examples: from here on there is one training split, part of it without labels.
-        labels = torch.cat([splits["train"].labels, torch.full((len(texts),), NO_LABEL)])
-        splits["train"] = data.Split(datasets.concatenate_datasets([splits["train"].texts, texts]), labels)
+        say(f"unlabeled: {len(more):,} examples; left out: {reasons}")
+        splits["train"] += more  # from here on there is one training split, part of it without labels
 
     batches = math.ceil(len(splits["train"]) / args.batch_size)
     smallest, processes = len(splits["train"]) // batches, dist.get_world_size()
@@ -539,13 +550,21 @@ def read_task(args):
         cut = [f"{tokens[role].cut:,} of {len(tokens[role]):,} {role}" for role in splits if tokens[role].cut]
         if cut:
             say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
-        return {role: Examples(tokens[role], split.labels) for role, split in splits.items()}
+        return {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
 
     teacher_splits = student_splits = tokenized(teacher_tokenizer)
     if not data.same_tokenizer(teacher_tokenizer, student_tokenizer):
         say("teacher and student have different tokenizers: each gets its own tokens")
         student_splits = tokenized(student_tokenizer)
     return Task(class_names, labeled, teacher, teacher_splits, student, student_tokenizer, student_splits)
+
+
+# =====================================================================================================================
+# Everything below is plumbing; you may stop here.
+# =====================================================================================================================
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The student before training, and flags that depend on the data
 
 
 def read_student(args, class_names):
@@ -556,9 +575,18 @@ def read_student(args, class_names):
     return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
 
 
-# =====================================================================================================================
-# Everything below is plumbing; you may stop here.
-# =====================================================================================================================
+def settle(args, splits):
+    """The flags with what the data decides: the temperature if it is not given, and the score that is looked for."""
+    taught, unlabeled = args.teacher_id is not None or args.teacher_column, NO_LABEL in splits["eval"].labels
+    all_unlabeled = (splits["train"].labels == NO_LABEL).all()
+    check(args.alpha < 1 or not all_unlabeled, "--alpha 1 leaves the teacher out, but the training split has no labels")
+    zeros = args.teacher_column and (splits["train"].teacher_logits == data.LOG_ZERO).any()
+    if zeros and (args.temperature or 1) > 1:  # at T = 4 a one-hot answer over 54 classes would become 0.65
+        say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1 for them")
+    best_by = "agreement" if unlabeled and args.best_by != "loss" else args.best_by
+    best_by = "accuracy" if best_by == "agreement" and not taught else best_by  # a teacher in the making
+    return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Search: many trainings on one teacher's labels
@@ -566,13 +594,13 @@ def read_student(args, class_names):
 SEARCHED = ("epochs", "learning_rate", "alpha", "temperature")
 
 
-def suggest(trial):
-    """The search space, the published one."""
+def suggest(trial, args):
+    """The search space, the published one; but a temperature of 1 stays, since answers of 0 and 1 are not softened."""
     return {
         "epochs": trial.suggest_int("epochs", 2, 10),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
         "alpha": trial.suggest_float("alpha", 0, 1),
-        "temperature": trial.suggest_float("temperature", 2, 30),
+        "temperature": trial.suggest_float("temperature", 2, 30) if args.temperature > 1 else 1.0,
     }
 
 
@@ -599,7 +627,7 @@ def search(args, task, device, identity):
         )
 
     def objective(trial):
-        values = suggest(trial)
+        values = suggest(trial, args)
         say(f"trial {trial.number}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
         student.load_state_dict(initial)
         its_args = replace(args, **values)
@@ -645,9 +673,10 @@ def search(args, task, device, identity):
 def finish(args, task, scores, seconds, parameters, device, trials, identity):
     """Write results.json and, unless the run made a teacher, report(); then the checkpoint has done its work."""
     results = {}
-    for who, model in (("teacher", args.finished_teacher), ("student", args.output_dir)):
+    teacher = args.finished_teacher or f"column {','.join(args.teacher_column or [])}"
+    for who, model in (("teacher", teacher), ("student", args.output_dir)):
         if who in scores:
-            results[who] = {"model": model, "parameters": parameters[who]}
+            results[who] = {"model": model, "parameters": parameters.get(who)}
             for role in scores[who]:
                 results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
     examples = {role: len(split.labels) for role, split in task.student_splits.items()}
@@ -667,9 +696,9 @@ def report(args, results):
     """Write the model card, print the table, push if asked to, and print the headline as one JSON object."""
     write_model_card(args, results)
     say(f"\n{results_table(results)}\n")
-    say("labeling: {labeling:.1f} s; training: {training:.1f} s".format(**results["seconds"]))
+    say("; ".join(f"{name}: {seconds:.1f} s" for name, seconds in results["seconds"].items()))
     say(f"the student is in {args.output_dir}\n")
-    if args.alpha < 1 and results["student"]["eval_accuracy"] > results["teacher"]["eval_accuracy"]:
+    if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 0):
         todo = "train the teacher longer (--teacher_epochs), use a better one, or give the labels more weight (--alpha)"
         say(f"note: on eval the student is better than its teacher, which may hold it back: {todo}\n")
     if args.hub_model_id:
@@ -685,7 +714,8 @@ def report(args, results):
 def results_table(results):
     """Teacher and student side by side, in Markdown."""
     teacher, student = results["teacher"], results["student"]
-    rows = [{"": "parameters", "teacher": f"{teacher['parameters']:,}", "student": f"{student['parameters']:,}"}]
+    its = f"{teacher['parameters']:,}" if teacher["parameters"] else ""
+    rows = [{"": "parameters", "teacher": its, "student": f"{student['parameters']:,}"}]
     for name in student:
         if name.endswith(("accuracy", "macro_f1", "agreement")):
             its = f"{teacher[name]:.4f}" if name in teacher else ""
@@ -704,6 +734,8 @@ def table(rows):
 
 def report_teacher(scores, labels, class_names):
     """Print the teacher's accuracy, and warn if it is no better than always giving the same answer."""
+    if not scores:  # there are no labels
+        return
     counts = labels.bincount(minlength=len(class_names))
     answer, commonest = class_names[counts.argmax()], counts.max().item() / len(labels)
     say(f"teacher: eval accuracy {scores['accuracy']:.4f}; always answering '{answer}' gives {commonest:.4f}")
@@ -713,14 +745,18 @@ def report_teacher(scores, labels, class_names):
 
 def write_model_card(args, results):
     """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
-    teacher, dataset = data.hub_id(args.teacher_id, "model"), data.hub_id(args.dataset_id, "dataset")
+    dataset = data.hub_id(args.dataset_id, "dataset")
+    teacher = data.hub_id(args.teacher_id, "model") if args.teacher_id else None
+    source = f"a larger teacher, {teacher or 'a local model'}"
+    if args.teacher_column:
+        source = f"the answers in column '{','.join(args.teacher_column)}'"
     on_hub = dataset is not None and args.dataset_id != "demo"  # where the scored splits are; the demo's are its own
     where = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     student, scores, kind = results["student"], [], "text-classification"
     for role, split in (("eval", args.eval_split), ("test", args.test_split)) if on_hub else ():
         for score, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
-            if split:
+            if split and f"{role}_{score}" in student:
                 its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{score}"]}
                 scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
     metadata = huggingface_hub.ModelCardData(
@@ -733,16 +769,17 @@ def write_model_card(args, results):
         eval_results=scores or None,
     )
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
+    weights = f"The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g}; "
+    weights = weights if results["examples"]["train"] else ""
     card = f"""---
 {metadata.to_yaml()}
 ---
 
 # {name}
 
-A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from a larger teacher,
-{teacher or "a local model"}, on {dataset or "a local data set"}.
-The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g};
-{results["examples"]["unlabeled"]:,} more examples had no label but the teacher's.
+A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from
+{source}, on {dataset or "a local data set"}.
+{weights}{results["examples"]["unlabeled"]:,} examples had no label but the teacher's.
 
 {results_table(results)}
 
@@ -858,12 +895,13 @@ def check_same_command(args, checkpoint, identity):
 def identity_of(args, task):
     """What must be equal for a training to be continued: flags, kind of machine, models and data."""
     splits = task.student_splits.values()
+    answers = [split.teacher_logits for split in splits if split.teacher_logits is not None]
     return {
         **{name: value for name, value in asdict(args).items() if name not in NOT_PART_OF_TRAINING},
         "search": args.n_trials > 0,
         "processes": dist.get_world_size(),
         "device": task.student.device.type,
-        "digest of the teacher": digest(task.teacher) if task.teacher is not None else None,
+        "digest of the teacher": digest(*([task.teacher] if task.teacher is not None else answers)),
         "digest of the student": digest(task.student),
         "digest of the data": digest(*[x for split in splits for x in (*split.tokens.tensors(), split.labels)]),
     }
@@ -1230,7 +1268,7 @@ def check_before_start(args, device, held):
         same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         check(same_machine, "--n_trials runs on one machine: its processes share a file of trials")
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
-    for source in (args.teacher_id, args.student_id):
+    for source in filter(None, (args.teacher_id, args.student_id)):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")
     for folder in {os.path.realpath(folder) for folder in (args.output_dir, args.checkpoint_dir)}:

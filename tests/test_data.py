@@ -179,7 +179,7 @@ def test_text_under_another_of_arrows_names(tmp_path, kind):
     assert read(str(tmp_path / "a.parquet")) == (["a", "b", "c"], ["x", "y", "x"])
     splits, _ = data.load_splits(str(tmp_path / "a.parquet"), split_names=TRAIN)
     pq.write_table(pa.table({"text": ["new"]}), tmp_path / "b.parquet")
-    assert data.load_unlabeled(splits, str(tmp_path / "b.parquet"))[0][:] == {"text": ["new"]}
+    assert data.load_unlabeled(splits, str(tmp_path / "b.parquet"))[0].texts[:] == {"text": ["new"]}
 
 
 def test_one_class_whatever_way_its_accents_are_stored(tmp_path, write):
@@ -359,7 +359,8 @@ def scored(write_csv):
 
 def test_unlabeled_text_leaves_out_what_is_scored(scored, write):
     lines = "\ufeffnew\nAnother one\n\na SCORED sentence.\nfine\n  \n\tthe  last \n\u200b\u2060\nnew\nAnother\nNA\n"
-    texts, left_out = data.load_unlabeled(scored, write("more.TXT", lines))
+    more, left_out = data.load_unlabeled(scored, write("more.TXT", lines))
+    texts = more.texts
     assert texts["text"][:] == ["new", "fine", "new", "Another", "NA"]
     assert left_out == {"also in eval or test": 3, "empty": 3}
     assert texts.features == scored["train"].texts.features
@@ -375,22 +376,22 @@ def test_what_can_be_seen_is_text_and_the_same_however_it_is_stored(write, tmp_p
     write("set/train.csv", "text,label\n\ue000,0\n\U0001fae9,1\n")  # an icon font's, and one of Unicode 16
     write("set/validation.csv", "text,label\nun caf\u00e9,0\n\uf8ff,1\n")
     splits, _ = data.load_splits(str(tmp_path / "set"))
-    texts, left_out = data.load_unlabeled(splits, write("more.txt", "Un CAFE\u0301\n\uf8ff\n\ue001\n\u00ad\n"))
-    assert texts["text"][:] == ["\ue001"] and left_out == {"also in eval or test": 2, "empty": 1}
+    more, left_out = data.load_unlabeled(splits, write("more.txt", "Un CAFE\u0301\n\uf8ff\n\ue001\n\u00ad\n"))
+    assert more.texts["text"][:] == ["\ue001"] and left_out == {"also in eval or test": 2, "empty": 1}
 
 
 def test_unlabeled_columns(scored, write_csv, tmp_path):
     path = write_csv("more.csv", [("new", "x"), ("", "y")], ("review", "label"))
     with pytest.raises(UserError, match=r"no column 'text', only review, label .*or rename it"):
         data.load_unlabeled(scored, path)
-    texts, left_out = data.load_unlabeled(
+    more, left_out = data.load_unlabeled(
         scored, write_csv("other.csv", [("new", 0), ("", 1), ("None", 1)], ("review", "label"))
     )
-    assert texts[:] == {"text": ["new", "None"]} and left_out["empty"] == 1
+    assert more.texts[:] == {"text": ["new", "None"]} and left_out["empty"] == 1
     large = pa.table({"text": pa.array(["new"], pa.large_string()), "x": [1]})
     pq.write_table(large, tmp_path / "large.parquet")
-    texts, _ = data.load_unlabeled(scored, str(tmp_path / "large.parquet"))
-    assert texts.features == scored["train"].texts.features and texts["text"][:] == ["new"]
+    more, _ = data.load_unlabeled(scored, str(tmp_path / "large.parquet"))
+    assert more.texts.features == scored["train"].texts.features and more.texts["text"][:] == ["new"]
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(UserError, match=r"column 'text' in .* holds integers, not text"):
         data.load_unlabeled(scored, str(tmp_path / "numbers.parquet"))
@@ -405,8 +406,8 @@ def test_unlabeled_pairs(write_csv):
     path = write_csv("pairs.csv", [("a", "b", 0), ("c", "d", 1), ("e", "f", 0), ("g", "h", 1)], header)
     splits, _ = data.load_splits(path, split_names={"train": "train[:2]", "eval": "train[2:]"})
     rows = [("e", "F", 1), ("e", "g", 1), ("", "h", 0), ("f", "e", 0)]
-    texts, left_out = data.load_unlabeled(splits, write_csv("more.csv", rows, header))
-    assert texts[:] == {"sentence1": ["e", "f"], "sentence2": ["g", "e"]}
+    more, left_out = data.load_unlabeled(splits, write_csv("more.csv", rows, header))
+    assert more.texts[:] == {"sentence1": ["e", "f"], "sentence2": ["g", "e"]}
     assert left_out == {"also in eval or test": 1, "empty": 1}
     with pytest.raises(UserError, match="has no column 'sentence2', only sentence1"):
         data.load_unlabeled(splits, write_csv("single.csv", [("a",)], ("sentence1",)))
@@ -417,9 +418,283 @@ def test_the_demos_unlabeled_text(scored):
     assert len(texts) == 269_256 == len({text.lower() for text in texts})
     assert texts[0] == FIRST_UNLABELED and all(5 <= len(text.split()) <= 40 for text in texts)
     some, _ = data.load_unlabeled(scored, "demo", split_name="train[1000:1010]")
-    assert some["text"][:] == texts[1000:1010]
+    assert some.texts["text"][:] == texts[1000:1010]
     with pytest.raises(UserError, match=r"Unknown split .*check --unlabeled_id"):
         data.load_unlabeled(scored, "demo", split_name="validation")
+
+
+# --- a teacher's answers in a column ---------------------------------------------------------------------------------
+
+LABELS = ["no", "yes", "no", "yes"]
+ANSWERS = [[0.75, 0.25], [0.5, 0.5], [1.0, 0.0], [0.125, 0.875]]  # of no and yes
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """answered(name, answers, labels) -> path of a parquet, jsonl or csv file; in a csv file lists are JSON."""
+
+    def save(name, answers, labels=LABELS):
+        columns = answers if isinstance(answers, dict) else {"teacher": answers}
+        if name.endswith("csv"):
+            json_text = {key: [x if isinstance(x, str) else json.dumps(x) for x in columns[key]] for key in columns}
+            columns = json_text
+        labels = {"label": labels} if labels else {}
+        table = datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(len(LABELS))], **columns, **labels})
+        {"csv": table.to_csv, "parquet": table.to_parquet, "jsonl": table.to_json}[name.split(".")[1]](tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+def probabilities(path, columns=("teacher",), **options):
+    """The answers of a file as probabilities, and its class names."""
+    splits, names = data.load_splits(path, None, TRAIN, ["text"], teacher_columns=columns, **options)
+    assert splits["train"].answers.dtype == torch.float32
+    return splits["train"].answers.exp(), names
+
+
+def expect(found, numbers=ANSWERS, names=("no", "yes")):
+    torch.testing.assert_close(found[0], torch.tensor(numbers), atol=1e-6, rtol=0)
+    assert found[1] == list(names)
+
+
+NAMED = [{"yes": yes, "no": no} for no, yes in ANSWERS]
+SCORED = [sorted([{"label": k, "score": row[k]} for k in row], key=lambda item: -item["score"]) for row in NAMED]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize(
+    ("answers", "order"),
+    [
+        (ANSWERS, "assumed to be in the order no, yes"),
+        (NAMED, "by name"),
+        ([{"No ": row["no"], " YES": row["yes"]} for row in NAMED], "by name"),
+        (SCORED, "by name"),
+        ([{f"LABEL_{i}": row[i] for i in (1, 0)} for row in ANSWERS], "by name"),
+        ([{"no": 0.75, "yes": 0.25}, {"yes": 0.5, "no": 0.5}, {"no": 1.0}, NAMED[3]], "by name"),
+    ],
+)
+def test_layouts_of_answers(answered, capsys, suffix, answers, order):
+    expect(probabilities(answered(f"a.{suffix}", answers)))
+    *assumed, line = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        rf"the teacher's answers in split 'train' of .*a.{suffix}, column 'teacher': probabilities, {order}", line
+    )
+    same = "assumed to be in the same order: LABEL_0, LABEL_1 and the classes no, yes"
+    assert assumed == ([same] if "LABEL_0" in answers[0] else [])
+
+
+@pytest.mark.parametrize("names", [["p_yes", "p_no"], ["P_YES", "p_No"], ["Yes", "NO"], ["score yes", "no"]])
+def test_answers_in_a_column_for_each_class(answered, capsys, names):
+    columns = {name: [row[-1 - i] for row in ANSWERS] for i, name in enumerate(names)}
+    for file in ("a.parquet", "a.csv"):
+        expect(probabilities(answered(file, columns), names))
+        assert f"column '{names[0]},{names[1]}': probabilities, by name" in capsys.readouterr().out
+
+
+def test_the_longest_class_that_a_column_ends_in(answered):
+    columns = {"p_yes": [0.0] * 4, "p_no": [0.0, 0.5, 0.0, 0.5], "p_not yes": [1.0, 0.5, 1.0, 0.5]}
+    found = probabilities(answered("a.csv", columns, ["yes", "no", "not yes", "no"]), list(columns))
+    expect(found, [[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]] * 2, ["no", "not yes", "yes"])
+
+
+@pytest.mark.parametrize(
+    ("file", "answers"),
+    [
+        ("a.csv", ["yes", " No", "YES ", "no"]),
+        ("a.parquet", [1, 0, 1, 0]),
+        ("a.parquet", [1.0, 0.0, 1.0, 0.0]),
+        ("a.jsonl", ["LABEL_1", "LABEL_0", "LABEL_1", "LABEL_0"]),
+    ],
+)
+def test_hard_answers(answered, capsys, file, answers):
+    expect(probabilities(answered(file, answers)), [[0.0, 1.0], [1.0, 0.0]] * 2)
+    assert ": hard answers, " in capsys.readouterr().out
+    splits, _ = data.load_splits(answered(file, answers), None, TRAIN, ["text"], teacher_columns=["teacher"])
+    assert (splits["train"].answers == data.LOG_ZERO).sum() == 4  # what distill.py finds zeros by
+
+
+def test_hard_answers_of_a_class_label(tmp_path):
+    """They go by their names: their numbers may be those of another list of classes."""
+    features = {"text": datasets.Value("string"), "label": datasets.Value("string")}
+    features = datasets.Features({**features, "teacher": datasets.ClassLabel(names=["yes", "no"])})
+    rows = {"text": ["a", "b"], "label": ["no", "yes"], "teacher": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    expect(probabilities(str(tmp_path / "a.parquet")), [[0.0, 1.0], [1.0, 0.0]])
+
+
+def test_what_the_numbers_are(answered, capsys):
+    """The whole column decides."""
+    votes = answered("a.csv", [[3, 1], [1, 1], [0, 5], [1, 0]])
+    expect(probabilities(votes), [[0.75, 0.25], [0.5, 0.5], [0, 1], [1, 0]])
+    assert "'teacher': votes, " in capsys.readouterr().out
+    logits = np.float32([[0.1, 0.7], [2, 1], [-0.1, 0], [0, 0]])
+    path = answered("a.parquet", logits.tolist())
+    splits, _ = data.load_splits(path, None, TRAIN, ["text"], teacher_columns=["teacher"])
+    assert splits["train"].answers.tolist() == logits.tolist() and "'teacher': logits, " in capsys.readouterr().out
+    rounded = answered("a.csv", [[0.402, 0.603], [0.5, 0.5], [0.398, 0.597], [1, 0]])  # to sums of 1.005 and 0.995
+    expect(probabilities(rounded), [[0.4, 0.6], [0.5, 0.5], [0.4, 0.6], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (["yes", "", " ", "no"], "column 'teacher': 2 rows have no answer, first row 2: fill or remove them"),
+        ([[], *ANSWERS[1:]], "1 rows have no answer, first row 1"),
+        ([*NAMED[:3], {}], "1 rows have no answer, first row 4"),
+        ([*ANSWERS[:3], [0.1, 0.2, 0.7]], "row 4: 3 numbers; the classes are no, yes"),
+        ([*ANSWERS[:3], [1.0]], "row 4: 1 numbers; the classes are no, yes"),
+        (["yes", "no", "maybe", "no"], "row 3: 'maybe' is no class; the classes are no, yes"),
+        ([*NAMED[:3], {"yes": 0.5, "neither": 0.5}], "row 4: 'neither' is no class"),
+        ([0.5, 0.1, 0.7, 0.2], "row 1: '0.5' is no class"),
+        ([*ANSWERS[:2], [0.9, 0.8], [1.0, 1.0]], r"row 3: the numbers sum to 1.7; .*neither logits .* nor votes"),
+        ([*ANSWERS[:2], [0.0, 0.0], ANSWERS[0]], "row 3: the numbers sum to 0"),
+        ([[1, 2], [0, 3], [0, 0], [1, 0]], "row 3: the numbers sum to 0"),
+        ([*ANSWERS[:3], [float("nan"), 1.0]], "row 4: cannot read .*not every number is finite"),
+        ([[-1.0, 1.0], [float("-inf"), 1.0], *ANSWERS[:2]], "row 2: cannot read .*not every number is finite"),
+        ([*NAMED[:2], {"yes": -1.0}, NAMED[0]], "row 3: logits, .* but not of every class"),
+        ([*ANSWERS[:3], "[0.5 0.5]"], r"row 4: cannot read .*0.5 0.5.* are JSON"),
+        ([*ANSWERS[:3], "[0.5, null]"], r"row 4: cannot read .* are JSON"),
+        ([*ANSWERS[:3], '[{"name": "no"}]'], r"row 4: cannot read .* are JSON"),
+    ],
+)
+def test_refuses_answers(answered, answers, message):
+    line = refusal(answered("a.csv", answers), None, TRAIN, ["text"], teacher_columns=["teacher"])
+    assert re.search(r"split 'train' of .*a.csv.*" + message, line), line
+
+
+def test_refuses_columns_of_answers(answered):
+    path = answered(
+        "a.csv",
+        {"p_yes": [1, 0, "", 1], "p_no": [0, 1, 1, 0], "yes": [1, 1, 1, 1], "a yes": [1, 1, 1, 1], "x": [0, 1, 0, 0]},
+    )
+
+    def line(*columns):
+        return refusal(path, None, TRAIN, ["text"], teacher_columns=columns)
+
+    assert "column 'p_yes,p_no': 1 rows have no answer, first row 3" in line("p_yes", "p_no")
+    assert "row 1: 'x' is no class" in line("p_no", "x") and "each class needs a column" in line("yes", "a yes")
+    assert "no column 'q'" in line("q")
+
+
+def test_parquets_missing_answers(answered):
+    line = refusal(answered("a.parquet", ["yes", None, None, "no"]), None, TRAIN, ["text"], teacher_columns=["teacher"])
+    assert "2 rows have no answer, first row 2" in line
+    columns = {"p_yes": [0.5, 0.5, None, 0.5], "p_no": [0.5] * 4}
+    line = refusal(answered("a.parquet", columns), None, TRAIN, ["text"], teacher_columns=list(columns))
+    assert "1 rows have no answer, first row 3" in line
+
+
+def test_another_order_that_agrees_far_better_is_said(answered, capsys):
+    probabilities(answered("a.csv", [[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]))
+    assert "warning" not in capsys.readouterr().out
+    probabilities(answered("a.csv", [[0.1, 0.9], [0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]))
+    assert "25% of the answers agree with the labels; in the order yes, no, 75% would" in capsys.readouterr().out
+
+
+# --- data without labels ---------------------------------------------------------------------------------------------
+
+
+def read_unlabeled(path, roles=("train", "eval"), **options):
+    """Splits and class names of data whose text column is "text"."""
+    names = {"train": "train", "eval": "validation", "test": "test"}
+    return data.load_splits(path, None, {role: names[role] for role in roles}, ["text"], **options)
+
+
+def test_a_file_without_labels(write_csv, capsys):
+    """A tenth is held out at random, each text with its answer. The classes are the column's."""
+    texts, header = [f"text {i}" for i in range(50)], ("text", "teacher")
+    path = write_csv("a.csv", [(text, "ham" if i % 3 else "spam") for i, text in enumerate(texts)], header)
+    splits, names = read_unlabeled(path, label_column="none", teacher_columns=["teacher"])
+    assert names == ["ham", "spam"] and [len(splits[role]) for role in splits] == [45, 5]
+    for split in splits.values():
+        assert split.labels.unique().tolist() == [data.NO_LABEL]
+        assert [int(text[5:]) % 3 == 0 for text in split.texts["text"]] == split.answers.argmax(1).tolist()
+    held_out = splits["eval"].texts["text"][:]
+    assert held_out != texts[:5] and "a tenth, 5 examples, is held out" in capsys.readouterr().out
+    assert (
+        read_unlabeled(path, label_column="none", teacher_columns=["teacher"])[0]["eval"].texts["text"][:] == held_out
+    )
+    splits, names = read_unlabeled(path, label_column="none", teacher_classes=["a", "b"])  # a model's
+    assert names == ["a", "b"] and splits["train"].answers is None
+    assert "no column 'none'" in refusal(path, None, TRAIN, ["text"], "none")  # no teacher
+    assert "too few" in refusal(
+        write_csv("few.csv", [("a", "x"), ("b", "y")], header), None, None, ["text"], "none", ["teacher"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("answers", "names"),
+    [
+        (ANSWERS, ["0", "1"]),
+        (NAMED, ["no", "yes"]),
+        ({"yes": [row[1] for row in ANSWERS], "no": [row[0] for row in ANSWERS]}, ["no", "yes"]),
+        (["10", "2", "10", "10"], ["2", "10"]),
+    ],
+)
+def test_the_classes_of_a_column(answered, answers, names):
+    columns = list(answers) if isinstance(answers, dict) else ["teacher"]
+    path = answered("a.csv", answers, labels=None)
+    splits, found = data.load_splits(path, None, TRAIN, ["text"], "none", columns)
+    assert found == names and splits["train"].labels.tolist() == [data.NO_LABEL] * 4
+    if answers != ["10", "2", "10", "10"]:
+        torch.testing.assert_close(splits["train"].answers.exp(), torch.tensor(ANSWERS), atol=1e-6, rtol=0)
+
+
+def test_the_classes_of_a_column_are_at_least_two_and_spelled_alike(answered):
+    def line(answers):
+        return refusal(answered("a.csv", answers, labels=None), None, TRAIN, ["text"], "none", ["teacher"])
+
+    assert "every answer is 'x': a classifier needs two classes" in line(["x"] * 4)
+    assert "the classes 'No' and 'no' in" in line(["yes", "no", "No", "no"])
+
+
+def test_answers_are_not_taken_for_the_text(write_csv):
+    path = write_csv("a.csv", [("fine", "yes"), ("bad", "no")], ("review", "teacher"))
+    splits, _ = data.load_splits(path, None, TRAIN, None, "none", ["teacher"])
+    assert splits["train"].texts[:] == {"review": ["fine", "bad"]}
+
+
+def test_labels_only_for_measuring(write_csv, tmp_path, capsys):
+    """A training split without labels beside others that have them."""
+    write_csv("set/train.csv", [("a", "yes"), ("b", "no"), ("c", "no")], ("text", "teacher"))
+    write_csv("set/validation.csv", [("d", "yes", "Yes"), ("e", "no", "no")], ("text", "teacher", "label"))
+    write_csv("set/test.csv", [("f", "no"), ("g", "no")], ("text", "teacher"))
+    folder, roles = str(tmp_path / "set"), ("train", "eval", "test")
+    splits, names = read_unlabeled(folder, roles, teacher_columns=["teacher"])
+    assert names == ["no", "yes"] and data.NO_LABEL == distill.NO_LABEL
+    assert (
+        splits["train"].labels.tolist() == [data.NO_LABEL] * 3 and splits["test"].labels.tolist() == [data.NO_LABEL] * 2
+    )
+    assert (
+        splits["eval"].labels.tolist() == [1, 0] and "training split has no column 'label'" in capsys.readouterr().out
+    )
+    write_csv("set/validation.csv", [("d", 1), ("e", 0)])
+    splits, names = read_unlabeled(folder, teacher_classes=["LABEL_0", "LABEL_1"])
+    assert names == ["LABEL_0", "LABEL_1"] and splits["eval"].labels.tolist() == [1, 0]
+    assert "assumed to be in the same order: 0, 1 and the classes LABEL_0, LABEL_1" in capsys.readouterr().out
+    write_csv("set/validation.csv", [("d", "no"), ("e", "maybe")])
+    with pytest.raises(UserError, match=r"label 'maybe' in .*validation.csv, row 2, .*: no, yes"):
+        read_unlabeled(folder, teacher_classes=["no", "yes"])
+    write_csv("set/validation.csv", [("d", 1), ("e", 0)])
+    with pytest.raises(UserError, match="has no column 'lable'"):
+        read_unlabeled(folder, teacher_classes=["0", "1"], label_column="lable")
+    with pytest.raises(UserError, match=r"train.csv has no column 'label'"):  # labels alone teach
+        read_unlabeled(folder)
+    write_csv("set/train.csv", [("a", "yes", 1), ("b", "no", 0)], ("text", "teacher", "label"))
+    with pytest.raises(UserError, match=r"test.csv has no column 'label'"):
+        read_unlabeled(folder, roles, teacher_classes=["0", "1"])
+
+
+def test_unlabeled_text_with_answers(scored, write_csv, capsys):
+    rows = [("new", "1"), ("The last", "1"), ("", "0"), ("newer", "LABEL_0")]
+    path = write_csv("more.csv", rows, ("review", "teacher"))  # the answers are not taken for the text
+    more, left_out = data.load_unlabeled(scored, path, None, "train", ["teacher"], ["bad", "good"])
+    assert more.texts["text"][:] == ["new", "newer"] and sum(left_out.values()) == 2
+    assert more.answers.argmax(1).tolist() == [1, 0] and more.labels.tolist() == [data.NO_LABEL] * 2
+    assert "same order: 0, LABEL_0, 1 and the classes bad, good" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"more.csv, column 'teacher', row 1: '1' is no class; the classes are 1.0, 2"):
+        data.load_unlabeled(scored, path, None, "train", ["teacher"], ["1.0", "2"])
 
 
 # --- refusing --------------------------------------------------------------------------------------------------------

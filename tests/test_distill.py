@@ -225,7 +225,7 @@ def test_defaults_are_the_published_recipe(monkeypatch):
     assert args.student_id == "google/bert_uncased_L-2_H-128_A-2"
     assert (args.dataset_id, args.dataset_config) == ("nyu-mll/glue", "sst2")
     assert (args.epochs, args.batch_size, args.learning_rate, args.seed) == (7, 128, 6e-5, 33)
-    assert (args.alpha, args.temperature, args.cache_teacher, args.demo) == (0.5, 4.0, True, False)
+    assert (args.alpha, args.temperature, args.cache_teacher, args.demo) == (0.5, None, True, False)  # 4, see settle()
     assert args.output_dir == args.checkpoint_dir == "outputs"
     assert distill.parse_args(["--dataset_id", "imdb"]).dataset_config is None
 
@@ -1633,3 +1633,187 @@ distill.train = recording_train
 def test_a_search_runs_on_one_machine(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")  # of which none is said to run on this machine
     assert "runs on one machine" in refused(command("run", n_trials=2), capsys)
+
+
+# --- a teacher that is a column of answers, and data without labels --------------------------------------------------
+
+NAMES = ("negative", "positive")
+CUTS = {"train": (0, 101), "validation": (101, 154), "test": (154, 183)}  # as in reviews_folder
+
+
+@pytest.fixture
+def column_command(command, tmp_path, reviews):
+    """column_command(output, cells, flag=value, ...): a run on the reviews with the columns that cells(split) gives."""
+
+    def arguments(output, cells, suffix="parquet", label=True, **flags):
+        folder = tmp_path / f"data_{output}"
+        for split, (start, stop) in CUTS.items():
+            rows = {"text": [text for text, _ in reviews[start:stop]], **cells(split)}
+            labels = {"label": [NAMES[y] for _, y in reviews[start:stop]]} if label else {}
+            table = datasets.Dataset.from_dict({**rows, **labels})
+            (table.to_parquet if suffix == "parquet" else table.to_csv)(folder / f"{split}.{suffix}")
+        flags = {"text_columns": "text", "teacher_column": "teacher", "dataset_id": folder, **flags}
+        return command(output, **flags)[2:]  # without --teacher_id
+
+    return arguments
+
+
+def hard_answers(reviews, wrong=7, spellings=(NAMES, NAMES)):
+    """Of every split: the labels, every seventh of them wrong."""
+
+    def cells(split):
+        labels = [label != (i % wrong == 0) for i, (_, label) in enumerate(reviews)]
+        return {"teacher": [spellings[i % 2][labels[i]] for i in range(*CUTS[split])]}
+
+    return cells
+
+
+def test_a_column_of_a_teachers_logits_trains_the_very_same_student(command, column_command):
+    model = run(command("model"))
+    files = map(torch.load, Path(model, "teacher_logits").iterdir())
+    logits = {len(part): part.numpy() for part in files}
+
+    def cells(split):
+        start, stop = CUTS[split]
+        return {"teacher": list(logits[stop - start])}
+
+    column = run(column_command("column", cells))
+    assert same_weights(model, column) and metrics(model) == metrics(column)
+    teacher, its = results(model)["teacher"], results(column)["teacher"]
+    assert its == {**teacher, "model": "column teacher", "parameters": None} and its["eval_accuracy"] > 0
+    assert results(model)["student"] == {**results(column)["student"], "model": model}
+    assert results(column)["arguments"]["temperature"] == 4.0 and "labeling" not in results(column)["seconds"]
+    card = Path(column, "README.md").read_text(encoding="utf-8")
+    assert "from the answers in column 'teacher'" in " ".join(card.split()) and "| parameters     |         |" in card
+    assert metrics(column) != metrics(run(column_command("softer", cells, temperature=8)))
+
+
+@pytest.mark.parametrize("layout", ["columns", "struct"])
+def test_each_layout_trains_the_same(column_command, layout):
+    def probability(split):
+        return [0.02 + 0.96 * (i % 17) / 16 for i in range(*CUTS[split])]
+
+    def columns(split):
+        return {"p_positive": probability(split), "p_negative": [1 - p for p in probability(split)]}
+
+    def struct(split):
+        return {"teacher": [{"positive": p, "negative": 1 - p} for p in probability(split)]}
+
+    def bare(split):
+        return {"teacher": [[1 - p, p] for p in probability(split)]}
+
+    flags = {"struct": (struct, "parquet"), "columns": (columns, "csv")}[layout]
+    names = {"columns": "p_positive,p_negative", "struct": "teacher"}[layout]
+    one, other = run(column_command("bare", bare)), run(column_command(layout, *flags, teacher_column=names))
+    assert metrics(one) == metrics(other) and same_weights(one, other)
+    assert results(other)["arguments"]["temperature"] == 4.0
+
+
+def test_hard_answers_of_a_language_model(column_command, reviews, capsys):
+    answers = hard_answers(reviews, spellings=[(" negative", "POSITIVE"), ("Negative", "positive ")])
+    folder = run(column_command("hard", answers, "csv", alpha=0.0))
+    said = capsys.readouterr().out
+    assert said.count("column 'teacher': hard answers, by name") == 3 and "teacher: eval accuracy 0.8" in said
+    assert results(folder)["arguments"]["temperature"] == 1.0
+    softer = run(column_command("softer", answers, "csv", alpha=0.0, temperature=2))
+    assert "warning: --temperature 2 raises answers of 0" in capsys.readouterr().out
+    assert results(softer)["arguments"]["temperature"] == 2.0 and not same_weights(softer, folder)
+
+
+def test_the_loss_of_hard_answers_is_cross_entropy():
+    logits, labels = torch.randn(5, 54), torch.randint(54, (5,))
+    answers = torch.full((5, 54), data.LOG_ZERO).scatter(1, labels[:, None], 0.0)
+    parts = distill.distillation_loss(logits, answers, torch.full((5,), distill.NO_LABEL), 0.5, 1.0)
+    torch.testing.assert_close(parts["loss"], torch.nn.functional.cross_entropy(logits, labels), rtol=1e-4, atol=1e-4)
+
+
+def agreement_alone(folder):
+    """Whether no score of a run needs labels."""
+    found = results(folder)
+    names = [name for who in ("teacher", "student") for name in found[who]] + list(metrics(folder)[-1])
+    card = Path(folder, "README.md").read_text(encoding="utf-8")
+    needs = [name for name in names if "accuracy" in name or "macro_f1" in name]
+    assert found["arguments"]["best_by"] == "agreement" and found["examples"]["train"] == 0
+    return not needs and "accuracy" not in card and "true labels" not in card and found["student"]["test_agreement"] > 0
+
+
+def test_data_without_labels(command, column_command, reviews, capsys):
+    """The teacher is a column, or a model; the labels that it would have found have no part in it."""
+    column = run(column_command("column", hard_answers(reviews, wrong=10**9), label=False, label_column="none"))
+    said = capsys.readouterr().out
+    assert agreement_alone(column) and results(column)["classes"] == ["negative", "positive"]
+    assert "accuracy" not in said and "always answering" not in said
+    rows = [row for row in metrics(column) if "eval_loss" in row]
+    assert results(column)["student"]["eval_agreement"] == max(row["eval_agreement"] for row in rows)
+    model = run(command("model", label_column="none", text_columns="text"))
+    assert agreement_alone(model) and results(model)["examples"]["unlabeled"] == 101
+    # The same answers as by the teacher alone, where there are labels.
+    assert same_weights(model, run(command("labeled", alpha=0.0, best_by="agreement")))
+
+
+def test_a_few_labels_for_measuring(command, reviews_folder, write_csv, reviews, capsys):
+    write_csv("reviews/train.csv", [(text,) for text, _ in reviews[:101]], ["text"])
+    folder = run(command("run"))
+    assert "training split has no column 'label'" in capsys.readouterr().out
+    assert results(folder)["examples"] == {"train": 0, "unlabeled": 101, "eval": 53, "test": 29}
+    assert {"eval_accuracy", "eval_agreement"} <= set(results(folder)["student"])
+    assert results(folder)["arguments"]["best_by"] == "accuracy"
+    assert "training split has no labels" in refused(command("alpha", alpha=1.0), capsys)
+    assert "has no column 'label'" in refused(command("fine_tuned", teacher_epochs=1), capsys)
+
+
+def test_unlabeled_text_with_a_column(column_command, reviews, write_csv, capsys):
+    rows = [(text, NAMES[label]) for text, label in reviews[200:260]]
+    flags = {"unlabeled_id": write_csv("more.csv", rows, ["text", "teacher"]), "alpha": 0.0}
+    more = run(column_command("more", hard_answers(reviews), **flags))
+    assert results(more)["examples"] == {"train": 101, "unlabeled": 60, "eval": 53, "test": 29}
+    assert not same_weights(more, run(column_command("less", hard_answers(reviews), alpha=0.0)))
+    flags["unlabeled_id"] = write_csv("no.csv", [(text,) for text, _ in rows], ["text"])
+    assert "has no column 'teacher'" in refused(column_command("no", hard_answers(reviews), **flags), capsys)
+
+
+def test_a_column_in_a_search(column_command, reviews):
+    flags = {"label": False, "label_column": "none", "n_trials": 2}
+    folder = run(column_command("search", hard_answers(reviews), **flags))
+    trials = trials_of(folder)
+    assert {trial["state"] for trial in trials} == {"COMPLETE"} and "temperature" not in trials[0]
+    assert results(folder)["student"]["eval_agreement"] == max(trial["value"] for trial in trials)
+    assert results(folder)["arguments"]["temperature"] == 1.0
+
+
+def test_a_column_on_two_ranks_killed_and_continued(column_command, reviews, capsys):
+    flags = {"label": False, "label_column": "none"}
+    one = run(column_command("one", hard_answers(reviews), **flags))
+    arguments = column_command("two", hard_answers(reviews), **flags)
+    killed = start(arguments, f'{DIE}if os.environ["RANK"] == "1":\n    at_call("training_step", distill, 11)', ranks=2)
+    assert killed.codes == [1, -signal.SIGKILL], killed.err
+    other = column_command("two", hard_answers(reviews, wrong=5), **flags)
+    finished = start(other, ranks=2)
+    assert finished.codes == [2, 2] and "digest of the teacher was" in finished.err
+    again = start(column_command("two", hard_answers(reviews), **flags), ranks=2)
+    assert again.codes == [0, 0] and "continuing at step 7\n" in again.out
+    assert nearly_same_weights(one, output_of(arguments))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"teacher_id": "x"}, "--teacher_column takes the place of --teacher_id"),
+        ({"teacher_epochs": 1}, "--teacher_column .*--teacher_epochs"),
+        ({"cache_teacher": "false"}, "--teacher_column .*--cache_teacher"),
+        ({"student_id": "teacher"}, "--teacher_column .*--student_id teacher"),
+        ({"label_column": "none", "alpha": 1}, "--alpha 1 .*no labels"),
+        ({"label_column": "lable"}, "has no column 'lable'"),
+        ({"teacher_column": "answer"}, "has no column 'answer'"),
+    ],
+)
+def test_what_does_not_go_with_a_column(column_command, reviews, flags, message, capsys):
+    arguments = column_command("run", hard_answers(reviews), **flags)
+    if "teacher_id" in flags:
+        arguments += ["--teacher_id", "x"]
+    assert re.search(message, refused(arguments, capsys))
+    assert not os.path.exists(f"{output_of(arguments)}/metrics.jsonl")
+
+
+def test_a_teacher_is_not_fine_tuned_without_labels(command, capsys):
+    assert "has no column 'none'" in refused(command("run", label_column="none", teacher_epochs=1), capsys)
