@@ -541,8 +541,8 @@ def read_task(args):
     reason = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
     check(smallest >= processes, reason)
 
-    limits = {"--max_length": args.max_length, "the teacher": teacher_tokenizer.model_max_length}
-    limits["the student"] = student_tokenizer.model_max_length
+    limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
+    limits["the teacher"] = teacher_tokenizer.model_max_length
     limit = min(limits, key=limits.get)
 
     def tokenized(tokenizer):

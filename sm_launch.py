@@ -132,7 +132,8 @@ def launch(args, config, hyperparameters):
     folder = f"outputs/{name}"
     fetch(job, trainer, folder)
     teacher = f"{folder}/teacher" if config.teacher_epochs else config.teacher_id
-    print(f"bench:  python bench.py --teacher_id {teacher} --student_id {folder}")
+    compared = f"--teacher_id {teacher} " if teacher else ""  # there is none where it is a column
+    print(f"bench:  python bench.py {compared}--student_id {folder}")
 
 
 def make_trainer(args, config, hyperparameters, code, boto_session):
