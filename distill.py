@@ -104,7 +104,7 @@ class Config:
 
     def __post_init__(self):
         unlabeled = self.unlabeled_id is not None
-        check(self.teaches or not unlabeled, "--alpha 1 leaves the teacher out, but --unlabeled_id has no other labels")
+        check(self.uses_teacher or not unlabeled, "--alpha 1 leaves out the teacher, who is to label --unlabeled_id")
         check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
         check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
@@ -117,11 +117,11 @@ class Config:
         if self.dataset_id == "nyu-mll/glue" and self.dataset_config is None:
             self.dataset_config = "sst2"
         job = os.environ.get("SM_MODEL_DIR")  # set by SageMaker
-        self.output_dir = self.output_dir or job or "outputs"
+        self.output_dir = os.path.expanduser(self.output_dir or job or "outputs")
         self.checkpoint_dir = self.checkpoint_dir or ("/opt/ml/checkpoints" if job else self.output_dir)
 
     @property
-    def teaches(self):
+    def uses_teacher(self):
         """Whether the teacher has a part in what the student learns."""
         return self.alpha < 1 or self.n_trials > 0
 
@@ -143,15 +143,15 @@ DEMO |= {"teacher_epochs": 2, "teacher_learning_rate": 1e-4, "epochs": 5, "batch
 def run(args, device):
     """Train one model: turn text, a teacher and a student into a scored student in output_dir. Raises UserError.
 
-    Every process runs this. There always is a process group: without torchrun, of one process. Without a teacher
-    true labels alone teach: so is a teacher made, see fine_tune_teacher().
+    Every process runs this. There always is a process group: without torchrun, of one process. Without a teacher or
+    its answers in a column, the true labels alone teach: fine_tune_teacher() makes a teacher this way.
     """
     # 1. Rank 0 reads data and models, and all receive what it read, or its error.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS).to(device)
     splits = task.student_splits
     args = settle(args, splits)
     scored = {role: split for role, split in splits.items() if role != "train"}
-    identity = identity_of(args, task)
+    identity = identity_of(args, task)  # what must be equal for a killed run to be continued
     if task.teacher is None and not args.teacher_column and from_rank0(lambda: is_finished(args, identity)):
         return
     checkpoint = from_rank0(lambda: read(Path(args.checkpoint_dir, "checkpoint.pt")))  # of a killed run; else None
@@ -165,7 +165,7 @@ def run(args, device):
         start = time.perf_counter()
         label_with_teacher(args, task)
         seconds["labeling"] = time.perf_counter() - start
-        if args.teaches and not args.cache_teacher:
+        if args.uses_teacher and not args.cache_teacher:
             live_teacher = make_live_teacher(args, task)
         task.teacher = task.teacher_splits = None  # frees their memory, unless live_teacher still needs them
     if splits["eval"].teacher_logits is not None:
@@ -193,7 +193,7 @@ def run(args, device):
     from_rank0(files.save_best)
 
     # 4. The saved student is loaded again, as its users will load it, and scored.
-    student = from_rank0(lambda: data.load_model(args.output_dir)[0]).to(device)
+    student = from_rank0(lambda: data.load_model(os.path.abspath(args.output_dir))[0]).to(device)
     scores["student"] = {role: evaluate(student, split, args.precision) for role, split in scored.items()}
     from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, trials, identity), timeout=DOWNLOADS)
 
@@ -201,12 +201,12 @@ def run(args, device):
 def fine_tune_teacher(args, device):
     """Make the teacher by a run of its own, in which there is no teacher: the true labels alone teach, alpha is 1."""
     say("the teacher is fine-tuned first")
-    students = ("student_layers", "test_split", "unlabeled_id", "unlabeled_config", "unlabeled_split", "cache_teacher")
-    students += ("temperature", "n_trials", "hub_model_id", "teacher_epochs", "teacher_learning_rate")
-    its = {name: getattr(Config, name) for name in students}  # the defaults: the student's flags have no part in it
-    its |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
-    its |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
-    run(replace(args, **its, output_dir=args.finished_teacher, checkpoint_dir=args.finished_teacher), device)
+    reset = ("student_layers", "test_split", "unlabeled_id", "unlabeled_config", "unlabeled_split", "cache_teacher")
+    reset += ("temperature", "n_trials", "hub_model_id", "teacher_epochs", "teacher_learning_rate")
+    changes = {name: getattr(Config, name) for name in reset}  # to defaults: the student's flags have no part in it
+    changes |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
+    changes |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
+    run(replace(args, **changes, output_dir=args.finished_teacher, checkpoint_dir=args.finished_teacher), device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Examples:
 
 
 def label_with_teacher(args, task):
-    """Let the teacher label every split once.
+    """Let the teacher label every split once: it reads teacher_splits, and student_splits keep its logits.
 
     The teacher is frozen, so epochs, batches, alpha and temperature have no part in its logits. Those of PART examples
     are a file whose name is a digest of all that they do depend on, up to rounding: the teacher's weights and
@@ -242,7 +242,7 @@ def label_with_teacher(args, task):
     """
     key, folder = digest(task.teacher) + args.precision, Path(args.checkpoint_dir, "teacher_logits")
     for role, split in task.teacher_splits.items():
-        if role == "train" and not (args.teaches and args.cache_teacher):
+        if role == "train" and not (args.uses_teacher and args.cache_teacher):
             continue
         parts, found = [], 0
         with progress_bar(len(split.labels), f"teacher labels {role}") as bar:
@@ -312,10 +312,7 @@ def score(logits, labels, teacher_logits=None):
 
 
 def macro_f1(answers, labels):
-    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), for [N] answers and labels.
-
-    As scikit-learn has it, a class that occurs in neither does not count.
-    """
+    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes in answers or labels ([N]), as scikit-learn has it."""
     counts = torch.cat([answers, labels]).bincount()  # of each class: 2 TP + FP + FN
     right = answers[answers == labels].bincount(minlength=len(counts))
     return (2 * right.double() / counts)[counts > 0].mean().item()
@@ -384,17 +381,18 @@ class Training:
     args: InitVar[Config]
     step: int = 0  # steps taken: with the seed and the rank, this determines the next batch and its dropout
     seconds: float = 0.0
-    epoch_loss: float = 0.0  # the mean over the epoch's steps so far, times their share of it
+    epoch_loss: float = 0.0  # the sum of the losses of the epoch's steps so far, divided by all its steps
     best_scores: dict | None = None  # on eval
     best_weights: dict | None = None
-    stop: bool = False  # SIGTERM has come: to this rank, and after a row to any of them
+    sigterm: bool = False  # has come to this rank
+    stop: bool = False  # at the last row it had come to some rank: now all know
 
     def __post_init__(self, args):
         self.optimizer = make_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
     def state_dict(self):
-        parts = vars(self) | {"stop": False}  # a run that goes on has not been stopped
+        parts = vars(self) | {"sigterm": False, "stop": False}  # a run that goes on has not been stopped
         return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load_state_dict(self, state):
@@ -463,7 +461,7 @@ def train(args, training, splits, live_teacher=None):
 
                 last = training.step % steps_per_epoch == 0
                 if last or training.step % args.log_steps == 0:
-                    sums = torch.cat([sums, torch.tensor([float(training.stop)], device=device)])
+                    sums = torch.cat([sums, torch.tensor([float(training.sigterm)], device=device)])
                     dist.all_reduce(sums)
                     *losses, stop = sums.tolist()  # the host waits for the device
                     losses = {name: loss / len(unread) for name, loss in zip(parts, losses, strict=True)}
@@ -584,6 +582,8 @@ def settle(args, splits):
     if zeros and (args.temperature or 1) > 1:  # at T = 4 a one-hot answer over 54 classes would become 0.65
         say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1 for them")
     best_by = "agreement" if unlabeled and args.best_by != "loss" else args.best_by
+    if best_by != args.best_by:
+        say("without labels the best epoch is that of most agreement with the teacher")
     best_by = "accuracy" if best_by == "agreement" and not taught else best_by  # a teacher in the making
     return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
 
@@ -600,7 +600,7 @@ def suggest(trial, args):
         "epochs": trial.suggest_int("epochs", 2, 10),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
         "alpha": trial.suggest_float("alpha", 0, 1),
-        "temperature": trial.suggest_float("temperature", 2, 30) if args.temperature > 1 else 1.0,
+        "temperature": trial.suggest_float("temperature", 2, 30) if args.temperature > 1 else args.temperature,
     }
 
 
@@ -616,6 +616,7 @@ def search(args, task, device, identity):
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would print a failed trial's traceback
     path, student, splits = Path(args.checkpoint_dir, "study.journal").resolve(), task.student, task.student_splits
     command = {name: value for name, value in identity.items() if name not in (*SEARCHED, "processes")}
+    command |= {"temperature": args.temperature} if args.temperature <= 1 else {}  # then suggest() keeps it
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
     def open_study(sampler=None):
@@ -702,7 +703,7 @@ def report(args, results):
         todo = "train the teacher longer (--teacher_epochs), use a better one, or give the labels more weight (--alpha)"
         say(f"note: on eval the student is better than its teacher, which may hold it back: {todo}\n")
     if args.hub_model_id:
-        with writing(f"to the Hub, but the student is safe in {args.output_dir}"):
+        with as_user_error(f"cannot push (the same command tries again); the student is safe in {args.output_dir}"):
             pushed = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
             # Not teacher/ and runs/, nor all arguments, which name folders of this machine.
             options = {"allow_patterns": pushed, "ignore_patterns": ["*/*", "results.json"]}
@@ -851,11 +852,11 @@ class RunFiles:
 def stopping_at_a_row(training):
     """Inside, SIGTERM waits for the next row of train(); a second one ends the program at once."""
 
-    def stop(*_):
-        training.stop = True
+    def note(*_):
+        training.sigterm = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, note)
     try:
         yield
     finally:
@@ -1277,6 +1278,13 @@ def check_before_start(args, device, held):
     if args.compile:  # it needs a C++ compiler, on GPUs Triton
         with as_user_error("--compile does not work on this machine"):
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    if args.hf_token_secret:
+        import boto3
+
+        with as_user_error(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
+            secrets = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # SageMaker's name
+            token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
+        os.environ["HF_TOKEN"] = token  # of this process, which downloads and pushes, and no other
     if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
         given = {name: value for name, value in asdict(args).items() if value is not None}
         flags = {name: given[name] for name in given if name not in NOT_PART_OF_TRAINING}
@@ -1285,13 +1293,6 @@ def check_before_start(args, device, held):
             read_student(replace(args, teacher_epochs=0), ["0", "1"])
     if not args.hub_model_id:
         return None
-    if args.hf_token_secret:
-        import boto3
-
-        with as_user_error(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
-            secrets = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # SageMaker's name
-            token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
-        os.environ["HF_TOKEN"] = token  # of this process, which pushes, and no other
     with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
         created = huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
         huggingface_hub.auth_check(created.repo_id, write=True)  # create_repo is content with any that exists
@@ -1305,9 +1306,10 @@ def main(argv=None):
     with errors_as_lines():
         device = choose_device()  # before the group is formed: gloo aborts who still connects when one process leaves
         with contextlib.ExitStack() as held, process_group(device):
-            args = replace(args, precision=choose_precision(args.precision, device))
+            args = replace(args, precision=from_rank0(lambda: choose_precision(args.precision, device)))
             say(f"on {device_name(device)}, in {args.precision}, processes: {dist.get_world_size()}")
-            args = replace(args, hub_model_id=from_rank0(lambda: check_before_start(args, device, held)))
+            hub_model_id = from_rank0(lambda: check_before_start(args, device, held), timeout=DOWNLOADS)
+            args = replace(args, hub_model_id=hub_model_id)
             if args.teacher_epochs:
                 fine_tune_teacher(args, device)
             run(args, device)

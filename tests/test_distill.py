@@ -263,7 +263,7 @@ def test_sagemaker_folders(monkeypatch):
         (["--text_columns", "a,b,c"], "--text_columns: one or two"),
         (["--learn", "1"], "unrecognized arguments"),
         (["--unlabeled_split", "test"], "--unlabeled_split needs --unlabeled_id"),
-        (["--unlabeled_id", "more.txt", "--alpha", "1"], "leaves the teacher out"),
+        (["--unlabeled_id", "more.txt", "--alpha", "1"], "leaves out the teacher"),
         (["--n_trials", "2", "--cache_teacher", "false"], "leave out --cache_teacher"),
     ],
 )
@@ -1399,16 +1399,20 @@ def test_two_ranks_continue_where_one_was_killed(command, save_tiny):
 
 def test_sigterm_to_one_rank_stops_all_at_the_next_row(command, save_tiny):
     flags = {"teacher_id": save_tiny("dropout", hidden_dropout_prob=0.1), "student_id": "teacher", "log_steps": 4}
-    undisturbed, arguments = command("undisturbed", **flags), command("stopped", **flags)
+    undisturbed = command("undisturbed", **flags)
     assert start(undisturbed, ranks=2).codes == [0, 0]
-    term = 'at_call("training_step", distill, 10, by=signal.SIGTERM)'
-    stopped = start(arguments, f'{DIE}if os.environ["RANK"] == "1":\n    {term}', ranks=2)
-    assert stopped.codes == [143, 143], stopped.err
-    assert stopped.err == "distill.py: error: stopped by SIGTERM at step 12: the same command continues there\n"
-    again = start(arguments, ranks=2)
-    assert again.codes == [0, 0] and "continuing at step 12\n" in again.out
-    undisturbed, stopped = output_of(undisturbed), output_of(arguments)
-    assert same_weights(undisturbed, stopped) and metrics(undisturbed) == metrics(stopped)
+    # Within a step, and after the ranks have told each other at the end of an epoch: then at the row after that.
+    for moment, number, step in (("training_step", 10, 12), ("evaluate", 2, 16)):
+        arguments = command(moment, **flags)
+        term = f'at_call("{moment}", distill, {number}, by=signal.SIGTERM)'
+        stopped = start(arguments, f'{DIE}if os.environ["RANK"] == "1":\n    {term}', ranks=2)
+        assert stopped.codes == [143, 143], stopped.err
+        line = f"distill.py: error: stopped by SIGTERM at step {step}: the same command continues there\n"
+        assert stopped.err == line
+        again = start(arguments, ranks=2)
+        assert again.codes == [0, 0] and f"continuing at step {step}\n" in again.out
+        assert same_weights(output_of(undisturbed), output_of(arguments))
+        assert metrics(output_of(undisturbed)) == metrics(output_of(arguments))
 
 
 # --- text without labels ---------------------------------------------------------------------------------------------
@@ -1512,7 +1516,7 @@ def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch,
 def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
     """Each trial is worse than the one before it: the sixth has five others to be compared with."""
     suggest, numbers = distill.suggest, []
-    monkeypatch.setattr(distill, "suggest", lambda trial: numbers.append(trial.number) or suggest(trial))
+    monkeypatch.setattr(distill, "suggest", lambda trial, args: numbers.append(trial.number) or suggest(trial, args))
     parts = dict.fromkeys(("loss", "hard_loss", "soft_loss"), torch.zeros(()))
     monkeypatch.setattr(distill, "training_step", lambda *args: parts)
     monkeypatch.setattr(
@@ -1530,8 +1534,8 @@ def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
 def test_failed_trials_are_told_and_made_up_for(command, monkeypatch, capsys):
     suggest = distill.suggest
 
-    def diverging(trial):
-        return suggest(trial) | ({"learning_rate": 1e30} if trial.number in failing else {})
+    def diverging(trial, args):
+        return suggest(trial, args) | ({"learning_rate": 1e30} if trial.number in failing else {})
 
     monkeypatch.setattr(distill, "suggest", diverging)
     failing = {0}
@@ -1550,7 +1554,7 @@ def test_a_search_on_a_full_disk(command, monkeypatch, capsys):
     suggest = distill.suggest
     arguments = command("run", n_trials=1)
     with contextlib.ExitStack() as limit, monkeypatch.context() as patched:
-        patched.setattr(distill, "suggest", lambda trial: limit.enter_context(file_size_limit(10)) or suggest(trial))
+        patched.setattr(distill, "suggest", lambda *its: limit.enter_context(file_size_limit(10)) or suggest(*its))
         line = refused(arguments, capsys)
     assert f"cannot write {output_of(arguments)}/study.journal, fix" in line and line.endswith(": File too large\n")
     assert trials_of(run(arguments))[-1]["state"] == "COMPLETE"
@@ -1589,7 +1593,9 @@ def test_a_killed_search_goes_on(command, capsys):
 def test_a_checkpoint_of_other_hyperparameters_is_refused_after_more_trials(command, monkeypatch, capsys):
     suggest, rates = distill.suggest, (1e-3, 1e-12)  # with such a teacher, it is best to learn nothing
     monkeypatch.setattr(
-        distill, "suggest", lambda trial: suggest(trial) | {"alpha": 0.0, "learning_rate": rates[trial.number]}
+        distill,
+        "suggest",
+        lambda trial, args: suggest(trial, args) | {"alpha": 0.0, "learning_rate": rates[trial.number]},
     )
     with monkeypatch.context() as patched:
         patched.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
