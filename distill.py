@@ -118,7 +118,8 @@ class Config:
             self.dataset_config = "sst2"
         job = os.environ.get("SM_MODEL_DIR")  # set by SageMaker
         self.output_dir = os.path.expanduser(self.output_dir or job or "outputs")
-        self.checkpoint_dir = self.checkpoint_dir or ("/opt/ml/checkpoints" if job else self.output_dir)
+        elsewhere = "/opt/ml/checkpoints" if job else self.output_dir
+        self.checkpoint_dir = os.path.expanduser(self.checkpoint_dir or elsewhere)
 
     @property
     def uses_teacher(self):
@@ -149,7 +150,7 @@ def run(args, device):
     # 1. Rank 0 reads data and models, and all receive what it read, or its error.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS).to(device)
     splits = task.student_splits
-    args = settle(args, splits)
+    args = settle(args, splits)  # --temperature and --best_by, where the data decides
     scored = {role: split for role, split in splits.items() if role != "train"}
     identity = identity_of(args, task)  # what must be equal for a killed run to be continued
     if task.teacher is None and not args.teacher_column and from_rank0(lambda: is_finished(args, identity)):
@@ -157,7 +158,7 @@ def run(args, device):
     checkpoint = from_rank0(lambda: read(Path(args.checkpoint_dir, "checkpoint.pt")))  # of a killed run; else None
     check_same_command(args, checkpoint, identity)
     parameters = {"student": task.student.num_parameters()}
-    scores, seconds, live_teacher, trials = {}, {}, None, []
+    scores, seconds, trials, live_teacher = {}, {}, [], None
 
     # 2. The teacher labels every example, unless its answers are a column of the data.
     if task.teacher is not None:
@@ -414,9 +415,6 @@ class Training:
         return better
 
 
-NOT_FINITE = "the loss is not finite: lower the learning rate"
-
-
 def train(args, training, splits, live_teacher=None):
     """Train to the last epoch, on every rank. Yields the rows of metrics.jsonl.
 
@@ -435,6 +433,7 @@ def train(args, training, splits, live_teacher=None):
     steps_per_epoch = math.ceil(len(examples.labels) / args.batch_size)
     ddp_model = on_all_ranks(training.model, examples, args)
     start = time.perf_counter() - training.seconds
+    not_finite = "the loss is not finite: lower the learning rate"
 
     for epoch in range(training.step // steps_per_epoch, args.epochs):
         batches = data.training_batches(examples.tokens.lengths, args.batch_size, args.seed, epoch)
@@ -465,7 +464,7 @@ def train(args, training, splits, live_teacher=None):
                     dist.all_reduce(sums)
                     *losses, stop = sums.tolist()  # the host waits for the device
                     losses = {name: loss / len(unread) for name, loss in zip(parts, losses, strict=True)}
-                    check(math.isfinite(losses["loss"]), NOT_FINITE)
+                    check(math.isfinite(losses["loss"]), not_finite)
                     row = {"step": training.step, "epoch": epoch + 1, **losses, "learning_rate": rate}
                     row["examples_per_second"] = sum(unread) / (time.perf_counter() - since)
                     training.epoch_loss += losses["loss"] * len(unread) / steps_per_epoch
@@ -476,7 +475,7 @@ def train(args, training, splits, live_teacher=None):
                     sums, unread, since = torch.zeros((), device=device), [], time.perf_counter()
 
         scores = evaluate(training.model, splits["eval"], args.precision)
-        check(math.isfinite(scores["loss"]), NOT_FINITE)
+        check(math.isfinite(scores["loss"]), not_finite)
         row |= {"epoch_loss": training.epoch_loss, **{f"eval_{name}": value for name, value in scores.items()}}
         training.seconds, training.epoch_loss = time.perf_counter() - start, 0.0
         yield row
@@ -770,8 +769,8 @@ def write_model_card(args, results):
         eval_results=scores or None,
     )
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
-    weights = f"The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g}; "
-    weights = weights if results["examples"]["train"] else ""
+    examples = results["examples"]
+    mix = f"The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g}; " if examples["train"] else ""
     card = f"""---
 {metadata.to_yaml()}
 ---
@@ -780,7 +779,7 @@ def write_model_card(args, results):
 
 A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from
 {source}, on {dataset or "a local data set"}.
-{weights}{results["examples"]["unlabeled"]:,} examples had no label but the teacher's.
+{mix}{examples["unlabeled"]:,} examples had no label but the teacher's.
 
 {results_table(results)}
 
@@ -886,6 +885,7 @@ def is_finished(args, identity):
 
 
 def check_same_command(args, checkpoint, identity):
+    """Raise UserError if there is a checkpoint, and it was left by a command that trains something else."""
     old = checkpoint["identity"] if checkpoint else identity
     differences = [f"{name} was {old.get(name)}, is {new}" for name, new in identity.items() if old.get(name) != new]
     todo = "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
@@ -1005,6 +1005,7 @@ def join(device, name):
 
 
 def meet():
+    """The store in which torchrun's processes meet, this one's rank, and how many they are."""
     if "RANK" not in os.environ:
         os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
         return dist.HashStore(), 0, 1
