@@ -819,7 +819,7 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     check(not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}")
     check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token")
     check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
-    wrapped = [name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod."))]
+    wrapped = sorted(name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod.")))
     inside = "save the model inside DDP (module.) or torch.compile (_orig_mod.)"
     check(not wrapped, f"the weights of {model_id} have other names, such as {listed(wrapped[:1])}: {inside}")
     lost, hint = sorted(report["missing_keys"]), "(not fine-tuned? see --teacher_epochs)"
