@@ -1,8 +1,8 @@
 """How fast distill.py is beside the published Trainer, and where its time goes.
 
-    python tests/bench_speed.py                # write tests/speed.md; leave the machine alone meanwhile
+    python tests/bench_speed.py                # a section of tests/speed.md; leave the machine alone meanwhile
     python tests/bench_speed.py --latencies    # write tests/latency.md: what bench.py --onnx measures
-    python tests/bench_speed.py --draw         # only draw imgs/speed.svg again, from tests/speed.md
+    python tests/bench_speed.py --draw         # only draw imgs/speed.svg again, from the last section
 
 The ways take turns on this machine, round after round, each run in a process of its own, with the same models, text,
 batch size and epochs. The models have the shapes of the published pair, with random weights, since speed does not
@@ -42,6 +42,7 @@ import data
 import distill
 
 OUTPUT = "outputs/speed"  # this and all other paths are below ROOT, where main() goes
+REPORT = Path("tests/speed.md")
 BATCH_SIZE = 32
 PUBLISHED, DEMO = "BERT-base → BERT-tiny", "demo: 6 → 2 layers"  # the pairs of models, as the tables name them
 ON_GPU = torch.cuda.is_available()
@@ -218,17 +219,16 @@ def main():
 
 
 def speed(args):
-    """Measure all, and write tests/speed.md."""
+    """Measure all, and write this precision's section of tests/speed.md."""
     text, published = save_text(args.examples), save_published()
     pairs = {PUBLISHED: published, DEMO: (save_demo(6), save_demo(2))}
     precision = distill.choose_precision("auto", distill.choose_device())
 
     rows = [comparison(title, pairs[title], text, n, precision, args.rounds) for title in pairs for n in (1, 3, 10)]
     faster = []
-    for title, (way, its) in itertools.product(pairs, {"as published": AS_PUBLISHED, "tuned": precision}.items()):
+    for title, way in itertools.product(pairs, ("as published", "tuned")):
         ratios = [row[f"{way} / ours"].split()[0] for row in rows if row["models"] == title]
-        of = {"models": title, "the Trainer": f"{way} ({its})"}
-        faster.append({**of, "times as fast at 1, 3, 10 epochs": ", ".join(ratios)})
+        faster.append({"models": title, "the Trainer": way, "times as fast at 1, 3, 10 epochs": ", ".join(ratios)})
     parts = distill.table([*parts_of_runs(published, text, args.rounds)])
     ranks = "Not measured: there is one GPU."
     if not ON_GPU or torch.cuda.device_count() > 1:
@@ -236,9 +236,7 @@ def speed(args):
 
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     machine = torch.cuda.get_device_name() if ON_GPU else f"{processor} (cpu, {torch.get_num_threads()} threads)"
-    report = f"""# How fast distill.py is
-
-{distill.table(faster)}
+    report = f"""{distill.table(faster)}
 
 - {machine}, {args.examples:,} sentences in batches of {BATCH_SIZE}, {args.rounds} rounds.
 - As published: a `Trainer` that runs the teacher in its loss, in evaluation too ([trainer_way.py](trainer_way.py)), in
@@ -249,23 +247,23 @@ def speed(args):
 - {datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}:
   `{shlex.join(["python", "tests/bench_speed.py", *sys.argv[1:]])}`, {(time.perf_counter() - BEGIN) / 60:.0f} minutes
 
-## Seconds of training
+### Seconds of training
 
 {distill.table(rows)}
 
-## Where the time goes
+### Where the time goes
 
 A whole run, {PUBLISHED}, 3 epochs, median and range of {args.rounds} runs:
 
 {parts}
 
-## One process and two
+### One process and two
 
 Each with {"its GPU" if ON_GPU else "one thread"}, {PUBLISHED}, 3 epochs in batches of {distill.Config().batch_size}:
 
 {ranks}
 """
-    distill.write(report, Path("tests/speed.md"))
+    write_section(REPORT, f"In {precision}", report)
 
 
 def latencies():
@@ -309,8 +307,8 @@ GRAY, BLUE, RED, OCHER = "#797979", "#2079e0", "#d4456a", "#a06f00"
 
 
 def draw():
-    """Draw imgs/speed.svg: seconds of training against epochs."""
-    rows = read_table(Path("tests/speed.md").read_text(encoding="utf-8"), "ours s", "tuned s")
+    """Draw imgs/speed.svg, of the last section: seconds of training against epochs."""
+    rows = read_table(REPORT.read_text(encoding="utf-8").rpartition("\n## ")[2], "ours s", "tuned s")
     with picture("speed", columns=2) as both:
         for axes, title in zip(both, (PUBLISHED, DEMO), strict=True):
             of_pair = [row for row in rows if row["models"] == title]
