@@ -18,7 +18,6 @@ import json
 import math
 import operator
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -47,7 +46,7 @@ from losses import NO_LABEL, distillation_loss
 
 
 def flag(default, help, **rules):
-    """A field of a Config: default, help, and rules for its value: at_least, above, at_most, choices, metavar."""
+    """A field of a Config. Rules for its value: at_least, above, at_most, choices, metavar."""
     return field(default=default, metadata={"help": help, **rules})
 
 
@@ -57,7 +56,7 @@ class Config:
 
     # Models
     teacher_id: str = flag("textattack/bert-base-uncased-SST-2", "Hub id or local folder")
-    teacher_column: list = flag(None, "instead of teacher_id: the column of its answers, or one per class, see README")
+    teacher_column: list = flag(None, "instead of teacher_id: the column of its answers, or one per class")
     student_id: str = flag("google/bert_uncased_L-2_H-128_A-2", "or 'teacher', to start from the teacher's weights")
     student_layers: int = flag(None, "keep N layers of student_id, evenly spaced; all by default", at_least=1)
     # Data
@@ -93,14 +92,14 @@ class Config:
     precision: str = flag("auto", "auto: bf16, on old GPUs fp16, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = flag(False, "torch.compile the model in training")
     # What a run leaves behind
-    output_dir: str = flag(None, "folder of the finished student; by default outputs, or what SageMaker says")
+    output_dir: str = flag(None, "folder of the finished student; outputs, or what SageMaker says")
     checkpoint_dir: str = flag(None, "folder of checkpoint, labels and teacher; output_dir by default")
-    log_steps: int = flag(50, "steps between rows of metrics.jsonl: at each, the host waits for the device", at_least=1)
+    log_steps: int = flag(50, "steps between rows of metrics.jsonl, where the host waits for the device", at_least=1)
     save_minutes: float = flag(10.0, "checkpoint after so many minutes, besides after every epoch", at_least=0)
     report_to: str = flag("none", "log there too, besides metrics.jsonl", choices=("none", "tensorboard"))
-    hub_model_id: str = flag(None, "push the finished student there; the token comes from HF_TOKEN or the login")
+    hub_model_id: str = flag(None, "push the finished student there, by HF_TOKEN or the login")
     hub_private: bool = flag(False, "create that repository as a private one")
-    hf_token_secret: str = flag(None, "in a job on AWS: the Secrets Manager secret that holds the token, as plain text")
+    hf_token_secret: str = flag(None, "in a job on AWS: the Secrets Manager secret that is the token")
 
     def __post_init__(self):
         unlabeled = self.unlabeled_id is not None
@@ -108,7 +107,6 @@ class Config:
         check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
         check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
-        check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
             flags = "--teacher_id, --teacher_epochs, --cache_teacher and --student_id teacher"
@@ -120,6 +118,12 @@ class Config:
         self.output_dir = os.path.expanduser(self.output_dir or job or "outputs")
         elsewhere = "/opt/ml/checkpoints" if job else self.output_dir
         self.checkpoint_dir = os.path.expanduser(self.checkpoint_dir or elsewhere)
+        self.checkpoint = Path(self.checkpoint_dir, "checkpoint.pt")
+
+    @property
+    def has_teacher(self):
+        """Whether there is one, a model or a column of its answers: none where the run makes a teacher."""
+        return bool(self.teacher_id or self.teacher_column)
 
     @property
     def uses_teacher(self):
@@ -128,7 +132,7 @@ class Config:
 
     @property
     def finished_teacher(self):
-        """Where the teacher is loaded from: teacher_id, or the folder in which --teacher_epochs leaves it."""
+        """What the teacher is loaded from: teacher_id, or the folder of --teacher_epochs."""
         return str(Path(self.checkpoint_dir, "teacher")) if self.teacher_epochs else self.teacher_id
 
 
@@ -144,8 +148,8 @@ DEMO |= {"teacher_epochs": 2, "teacher_learning_rate": 1e-4, "epochs": 5, "batch
 def run(args, device):
     """Train one model: turn text, a teacher and a student into a scored student in output_dir. Raises UserError.
 
-    Every process runs this. There always is a process group: without torchrun, of one process. Without a teacher or
-    its answers in a column, the true labels alone teach: fine_tune_teacher() makes a teacher this way.
+    Every process runs this; there always is a process group, without torchrun of one process. Without a teacher, the
+    true labels alone teach: fine_tune_teacher() makes one this way.
     """
     # 1. Rank 0 reads data and models, and all receive what it read, or its error.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS).to(device)
@@ -153,9 +157,9 @@ def run(args, device):
     args = settle(args, splits)  # --temperature and --best_by, where the data decides
     scored = {role: split for role, split in splits.items() if role != "train"}
     identity = identity_of(args, task)  # what must be equal for a killed run to be continued
-    if task.teacher is None and not args.teacher_column and from_rank0(lambda: is_finished(args, identity)):
+    if not args.has_teacher and from_rank0(lambda: is_finished(args, identity)):
         return
-    checkpoint = from_rank0(lambda: read(Path(args.checkpoint_dir, "checkpoint.pt")))  # of a killed run; else None
+    checkpoint = from_rank0(lambda: read(args.checkpoint))  # of a killed run; else None
     check_same_command(args, checkpoint, identity)
     parameters = {"student": task.student.num_parameters()}
     scores, seconds, trials, live_teacher = {}, {}, [], None
@@ -167,9 +171,10 @@ def run(args, device):
         label_with_teacher(args, task)
         seconds["labeling"] = time.perf_counter() - start
         if args.uses_teacher and not args.cache_teacher:
-            live_teacher = make_live_teacher(args, task)
-        task.teacher = task.teacher_splits = None  # frees their memory, unless live_teacher still needs them
-    if splits["eval"].teacher_logits is not None:
+            # Frozen only now: in predict(), autocast caches half-precision copies only of weights that require grad.
+            live_teacher = task.teacher.requires_grad_(False), task.teacher_splits["train"].tokens
+        task.teacher = task.teacher_splits = None  # frees memory, unless live_teacher needs them
+    if args.has_teacher:
         scores["teacher"] = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
         report_teacher(scores["teacher"]["eval"], splits["eval"].labels, task.class_names)
 
@@ -191,22 +196,25 @@ def run(args, device):
             if training.stop:
                 fail(f"stopped by SIGTERM at step {training.step}: the same command continues there", code=143)
     seconds["training"] = training.seconds
-    from_rank0(files.save_best)
+    training.model.load_state_dict(training.best_weights)
+    # Saved again: a run that goes on elsewhere may have found the folder empty.
+    from_rank0(lambda: save_model(args.output_dir, training.model, task.student_tokenizer))
 
     # 4. The saved student is loaded again, as its users will load it, and scored.
     student = from_rank0(lambda: data.load_model(os.path.abspath(args.output_dir))[0]).to(device)
     scores["student"] = {role: evaluate(student, split, args.precision) for role, split in scored.items()}
-    from_rank0(lambda: finish(args, task, scores, seconds, parameters, device, trials, identity), timeout=DOWNLOADS)
+    from_rank0(lambda: finish(args, task, scores, seconds, parameters, trials, identity), timeout=DOWNLOADS)
 
 
 def fine_tune_teacher(args, device):
-    """Make the teacher by a run of its own, in which there is no teacher: the true labels alone teach, alpha is 1."""
+    """Make the teacher by a run of its own, in which the true labels alone teach: alpha is 1."""
     say("the teacher is fine-tuned first")
     reset = ("student_layers", "test_split", "unlabeled_id", "unlabeled_config", "unlabeled_split", "cache_teacher")
     reset += ("temperature", "n_trials", "hub_model_id", "teacher_epochs", "teacher_learning_rate")
-    changes = {name: getattr(Config, name) for name in reset}  # to defaults: the student's flags have no part in it
+    changes = {name: getattr(Config, name) for name in reset}  # the student's flags have no part in it
     changes |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
     changes |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
+    changes |= {"best_by": "accuracy"} if args.best_by == "agreement" else {}
     run(replace(args, **changes, output_dir=args.finished_teacher, checkpoint_dir=args.finished_teacher), device)
 
 
@@ -227,8 +235,13 @@ class Examples:
     labels: torch.Tensor  # [N] int64; NO_LABEL where there is none
     teacher_logits: torch.Tensor | None = None  # [N, C] float32
 
+    @property
+    def labeled(self):
+        """How many have a label: in eval and test all, or none."""
+        return (self.labels != NO_LABEL).sum().item()
+
     def batch(self, rows):
-        """The inputs, labels and teacher's logits (or None) of some rows ([B], on the host), all on the device."""
+        """Inputs, labels and teacher's logits (or None) of some rows ([B], on the host), on the device."""
         rows, inputs = self.tokens.batch(rows)
         teacher_logits = None if self.teacher_logits is None else self.teacher_logits[rows]
         return inputs, self.labels[rows], teacher_logits
@@ -237,9 +250,8 @@ class Examples:
 def label_with_teacher(args, task):
     """Let the teacher label every split once: it reads teacher_splits, and student_splits keep its logits.
 
-    The teacher is frozen, so epochs, batches, alpha and temperature have no part in its logits. Those of PART examples
-    are a file whose name is a digest of all that they do depend on, up to rounding: the teacher's weights and
-    configuration, tokens, precision. So a file of that name can be used as it is.
+    The logits of PART examples are a file whose name is a digest of all that they depend on, up to rounding: teacher,
+    tokens, precision. So a file of that name can be used as it is.
     """
     key, folder = digest(task.teacher) + args.precision, Path(args.checkpoint_dir, "teacher_logits")
     for role, split in task.teacher_splits.items():
@@ -253,7 +265,7 @@ def label_with_teacher(args, task):
                 logits = from_rank0(lambda: read(path))  # noqa: B023, called at once
                 if logits is None:
                     logits = predict(task.teacher, tokens, args.precision, bar).cpu()
-                    check(logits.isfinite().all(), "the teacher's answers are not finite: its weights are damaged")
+                    check(logits.isfinite().all(), "the teacher's answers are not finite: it is damaged")
                     from_rank0(lambda: write(logits, path))  # noqa: B023
                 else:
                     found += len(tokens)
@@ -262,20 +274,6 @@ def label_with_teacher(args, task):
         if found:
             say(f"teacher's labels for {role}: {found:,} of {len(split.labels):,} found in {folder}")
         task.student_splits[role].teacher_logits = torch.cat(parts).to(split.labels.device)
-
-
-def make_live_teacher(args, task):
-    """The textbook form, for --cache_teacher false: a function that runs the teacher on rows of the training split."""
-    # Frozen only now: in predict(), autocast caches half-precision copies only of weights that require grad.
-    teacher, tokens = task.teacher.eval().requires_grad_(False), task.teacher_splits["train"].tokens
-
-    @torch.no_grad()
-    def live_teacher(rows):
-        _, inputs = tokens.batch(rows)
-        with autocast(tokens.device, args.precision):
-            return forward(teacher, inputs).float()
-
-    return live_teacher
 
 
 @torch.no_grad()
@@ -299,7 +297,7 @@ def predict(model, tokens, precision, bar=None):
 
 
 def score(logits, labels, teacher_logits=None):
-    """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, the share of equal answers."""
+    """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, agreement with it."""
     answers, scores = logits.argmax(-1), {}
     if NO_LABEL not in labels:
         scores["accuracy"] = (answers == labels).double().mean().item()
@@ -348,16 +346,8 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, exam
     return {name: part.detach() for name, part in parts.items()}
 
 
-def make_optimizer(model, args):
-    """AdamW in one fused kernel. As usual, biases and norms, which have one dimension, are not decayed."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-
-
 def learning_rate_at(step, steps, args):
-    """Linear warm-up from 0, then linear decay to 0, for step 0, 1, … of steps, as transformers has it."""
+    """Linear warm-up from 0, then linear decay to 0, as transformers has it; the first step is 0."""
     warmup = math.ceil(steps * args.warmup_ratio)
     if step < warmup:
         return args.learning_rate * step / warmup
@@ -365,7 +355,7 @@ def learning_rate_at(step, steps, args):
 
 
 def step_seed(seed, step, rank):
-    """Mix three numbers into the seed of a step's dropout: a resumed run draws the same masks as an unbroken one."""
+    """The seed of a step's dropout: a resumed run draws the same masks as an unbroken one."""
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
 
 
@@ -380,7 +370,7 @@ class Training:
 
     model: torch.nn.Module
     args: InitVar[Config]
-    step: int = 0  # steps taken: with the seed and the rank, this determines the next batch and its dropout
+    step: int = 0  # steps taken: with seed and rank, this determines the next batch and its dropout
     seconds: float = 0.0
     epoch_loss: float = 0.0  # the sum of the losses of the epoch's steps so far, divided by all its steps
     best_scores: dict | None = None  # on eval
@@ -389,7 +379,11 @@ class Training:
     stop: bool = False  # at the last row it had come to some rank: now all know
 
     def __post_init__(self, args):
-        self.optimizer = make_optimizer(self.model, args)
+        # AdamW in one fused kernel. As usual, biases and norms, which have one dimension, are not decayed.
+        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
+        vectors = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
     def state_dict(self):
@@ -404,7 +398,7 @@ class Training:
                 setattr(self, name, state[name])
 
     def keep_if_best(self, row, best_by):
-        """Whether a row of train() has an epoch's scores, better than all before; its weights are then kept."""
+        """Whether a row has an epoch's scores, better than all before; the weights are then kept."""
         if "eval_loss" not in row:
             return False
         scores = {name.removeprefix("eval_"): row[name] for name in row if name.startswith("eval_")}
@@ -424,7 +418,7 @@ def train(args, training, splits, live_teacher=None):
     Args:
         training: where to begin, and what is trained.
         splits: role -> Examples, on the device.
-        live_teacher: see make_live_teacher(); None where splits hold the teacher's logits, and without a teacher.
+        live_teacher: for --cache_teacher false, the teacher and its tokens of the training split.
 
     Raises UserError: the loss is not finite.
     """
@@ -448,8 +442,10 @@ def train(args, training, splits, live_teacher=None):
                 seed_dropout(step_seed(args.seed, training.step, rank), device)
                 rows = batch[rank::world_size]  # this rank's part
                 inputs, labels, teacher_logits = examples.batch(rows)
-                if live_teacher:
-                    teacher_logits = live_teacher(rows)
+                if live_teacher:  # the textbook form
+                    teacher, tokens = live_teacher
+                    with torch.no_grad(), autocast(device, args.precision):
+                        teacher_logits = forward(teacher, tokens.batch(rows)[1]).float()
                 parts = training_step(
                     ddp_model, training.optimizer, training.scaler, inputs, labels, teacher_logits, len(batch), args
                 )
@@ -490,7 +486,6 @@ class Task:
     """Data and models that fit each other. The dictionaries' keys are roles: "train", "eval" and perhaps "test"."""
 
     class_names: list
-    labeled: int  # training examples with a label; those without follow them
     teacher: torch.nn.Module | None  # None where the true labels alone teach
     teacher_splits: dict  # role -> Examples, with the teacher's tokens
     student: torch.nn.Module
@@ -516,12 +511,11 @@ def read_task(args):
         teacher_classes = data.class_names(teacher.config)
     columns = (args.text_columns, args.label_column, args.teacher_column or (), teacher_classes)
     splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, split_names, *columns)
-    labeled = (splits["train"].labels != NO_LABEL).sum().item()
     sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
 
-    if teacher is not None and labeled:
+    if teacher_classes and class_names != teacher_classes:
         class_names = data.adopt_classes(teacher, class_names, splits)
     student, student_tokenizer = read_student(args, class_names)
     teacher_tokenizer = teacher_tokenizer or student_tokenizer
@@ -533,59 +527,29 @@ def read_task(args):
         say(f"unlabeled: {len(more):,} examples; left out: {reasons}")
         splits["train"] += more  # from here on there is one training split, part of it without labels
 
-    batches = math.ceil(len(splits["train"]) / args.batch_size)
-    smallest, processes = len(splits["train"]) // batches, dist.get_world_size()
-    reason = f"batches of {smallest} examples cannot be split over {processes} processes: raise --batch_size"
-    check(smallest >= processes, reason)
+    smallest = len(splits["train"]) // math.ceil(len(splits["train"]) / args.batch_size)  # of the batches
+    processes = dist.get_world_size()
+    check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
 
-    limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
-    limits["the teacher"] = teacher_tokenizer.model_max_length
-    limit = min(limits, key=limits.get)
+    limit = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
 
     def tokenized(tokenizer):
-        tokens = {role: data.tokenize(tokenizer, split.texts, limits[limit]) for role, split in splits.items()}
-        cut = [f"{tokens[role].cut:,} of {len(tokens[role]):,} {role}" for role in splits if tokens[role].cut]
+        tokens = {role: data.tokenize(tokenizer, split.texts, limit) for role, split in splits.items()}
+        cut = [f"{its.cut:,} of {len(its):,} {role}" for role, its in tokens.items() if its.cut]
         if cut:
-            say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
+            say(f"texts cut at {limit} tokens: {', '.join(cut)}")
         return {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
 
     teacher_splits = student_splits = tokenized(teacher_tokenizer)
     if not data.same_tokenizer(teacher_tokenizer, student_tokenizer):
         say("teacher and student have different tokenizers: each gets its own tokens")
         student_splits = tokenized(student_tokenizer)
-    return Task(class_names, labeled, teacher, teacher_splits, student, student_tokenizer, student_splits)
+    return Task(class_names, teacher, teacher_splits, student, student_tokenizer, student_splits)
 
 
 # =====================================================================================================================
 # Everything below is plumbing; you may stop here.
 # =====================================================================================================================
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The student before training, and flags that depend on the data
-
-
-def read_student(args, class_names):
-    """The student before training, and its tokenizer."""
-    from_teacher = args.student_id == "teacher" and args.teacher_id is not None
-    student_id = args.finished_teacher if from_teacher else args.student_id
-    student, tokenizer = data.load_model(student_id, class_names, args.seed)
-    return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
-
-
-def settle(args, splits):
-    """The flags with what the data decides: the temperature if it is not given, and the score that is looked for."""
-    taught, unlabeled = args.teacher_id is not None or args.teacher_column, NO_LABEL in splits["eval"].labels
-    all_unlabeled = (splits["train"].labels == NO_LABEL).all()
-    check(args.alpha < 1 or not all_unlabeled, "--alpha 1 leaves the teacher out, but the training split has no labels")
-    zeros = args.teacher_column and (splits["train"].teacher_logits == data.LOG_ZERO).any()
-    if zeros and (args.temperature or 1) > 1:  # at T = 4 a one-hot answer over 54 classes would become 0.65
-        say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1 for them")
-    best_by = "agreement" if unlabeled and args.best_by != "loss" else args.best_by
-    if best_by != args.best_by:
-        say("without labels the best epoch is that of most agreement with the teacher")
-    best_by = "accuracy" if best_by == "agreement" and not taught else best_by  # a teacher in the making
-    return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Search: many trainings on one teacher's labels
@@ -594,7 +558,7 @@ SEARCHED = ("epochs", "learning_rate", "alpha", "temperature")
 
 
 def suggest(trial, args):
-    """The search space, the published one; but a temperature of 1 stays, since answers of 0 and 1 are not softened."""
+    """The published search space; but a temperature of 1 stays, since answers of 0 are not softened."""
     return {
         "epochs": trial.suggest_int("epochs", 2, 10),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
@@ -604,13 +568,11 @@ def suggest(trial, args):
 
 
 def search(args, task, device, identity):
-    """Train n_trials times with hyperparameters that Optuna chooses; return args with the best ones, and all trials.
+    """Let Optuna choose hyperparameters n_trials times; return args with the best ones, and all trials.
 
-    Each process takes its share of the trials, as a group of its own. They share a file, with which a repeated command
-    goes on: its study is named by a digest of the command and the labels. Trials leave no student: the caller trains
-    with the best hyperparameters again, as in the published recipe.
+    Each process takes its share of the trials. They share a file, with which a repeated command goes on.
     """
-    import optuna  # optional, like TensorBoard: check_before_start() has seen that it is there
+    import optuna  # optional: check_before_start() has seen that it is there
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would print a failed trial's traceback
     path, student, splits = Path(args.checkpoint_dir, "study.journal").resolve(), task.student, task.student_splits
@@ -618,13 +580,11 @@ def search(args, task, device, identity):
     command |= {"temperature": args.temperature} if args.temperature <= 1 else {}  # then suggest() keeps it
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
-    def open_study(sampler=None):
+    def open_study():
         file = optuna.storages.journal.JournalFileBackend(str(path))
         name = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
         options = {"storage": optuna.storages.JournalStorage(file), "study_name": name, "load_if_exists": True}
-        return optuna.create_study(
-            sampler=sampler, pruner=optuna.pruners.MedianPruner(), direction="maximize", **options
-        )
+        return optuna.create_study(pruner=optuna.pruners.MedianPruner(), direction="maximize", **options)
 
     def objective(trial):
         values = suggest(trial, args)
@@ -650,59 +610,66 @@ def search(args, task, device, identity):
     states = from_rank0(prepare)
     done = states.count("COMPLETE") + states.count("PRUNED")
     say(f"search: {done} of {args.n_trials} trials are done, in {path}")
-    with alone(device) as (rank, world_size), writing(path):
-        sampler = optuna.samplers.TPESampler(seed=step_seed(args.seed, len(states), rank))  # never the same draws
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # each is a group of its own
+    with errors_as_lines(), writing(path):
+        study = open_study()
+        seed = step_seed(args.seed, len(states), rank)  # never the same draws
+        study.sampler = optuna.samplers.TPESampler(seed=seed)
         ended = [lambda study, trial: say(f"trial {trial.number}: {trial.state.name.lower()}")]
         share = len(range(rank, args.n_trials - done, world_size))
-        open_study(sampler).optimize(objective, share, catch=(UserError,), callbacks=ended)  # UserError: it diverged
+        study.optimize(objective, share, catch=(UserError,), callbacks=ended)  # UserError: it diverged
+    dist.destroy_process_group()
+    join(device, "again", patience=datetime.timedelta(days=30))  # the last process still trains
     student.load_state_dict(initial)
-    study = open_study()  # by now finished: every process reads the same
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    check(complete, "no trial has run to its end: see above, and repeat the command to run new ones")
-    complete.sort(key=lambda trial: (-trial.value, trial.user_attrs["loss"]))
-    shown = [{"trial": trial.number, args.best_by: trial.value, **trial.params} for trial in complete[:5]]
-    say(f"\n{table([{name: f'{value:.4g}' for name, value in row.items()} for row in shown])}\n")
+    check(complete, "no trial has run to its end: repeat the command to run new ones")
+    best = min(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"]))
+    say(f"the best trial is {best.number}: {args.best_by} {best.value:.4g}")
     rows = [{"number": t.number, "state": t.state.name, "value": t.value, **t.params} for t in study.trials]
-    return replace(args, **complete[0].params), rows
+    return replace(args, **best.params), rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Results
+# Results, checkpoints and other files
+
+# Two commands that differ only in these flags do the same training.
+IRRELEVANT = (
+    "output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "hub_model_id", "hub_private",
+    "hf_token_secret", "n_trials",
+)  # fmt: skip
 
 
-def finish(args, task, scores, seconds, parameters, device, trials, identity):
-    """Write results.json and, unless the run made a teacher, report(); then the checkpoint has done its work."""
-    results = {}
+def finish(args, task, scores, seconds, parameters, trials, identity):
+    """Write results.json and, unless a teacher was made, report(); then the checkpoint has done its work."""
     teacher = args.finished_teacher or f"column {','.join(args.teacher_column or [])}"
-    for who, model in (("teacher", teacher), ("student", args.output_dir)):
-        if who in scores:
-            results[who] = {"model": model, "parameters": parameters.get(who)}
-            for role in scores[who]:
-                results[who] |= {f"{role}_{name}": value for name, value in scores[who][role].items()}
-    examples = {role: len(split.labels) for role, split in task.student_splits.items()}
-    modules = (torch, transformers, datasets, huggingface_hub)
+    models, results = {"teacher": teacher, "student": args.output_dir}, {}
+    for who, its in scores.items():
+        results[who] = {"model": models[who], "parameters": parameters.get(who)}
+        results[who] |= {f"{role}_{name}": value for role in its for name, value in its[role].items()}
     results |= {"seconds": seconds, "classes": task.class_names}
-    results["examples"] = {**examples, "train": task.labeled, "unlabeled": examples["train"] - task.labeled}
+    examples = {role: len(split.labels) for role, split in task.student_splits.items()}
+    labeled, device = task.student_splits["train"].labeled, task.student.device
+    results["examples"] = {**examples, "train": labeled, "unlabeled": examples["train"] - labeled}
     results |= {"device": device_name(device), "threads": torch.get_num_threads(), "processes": dist.get_world_size()}
+    modules = (torch, transformers, datasets, huggingface_hub)
     results["versions"] = {module.__name__: module.__version__ for module in modules}
     results |= {"arguments": asdict(args), "identity": identity, "search": trials}
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
-    if "teacher" in scores:
+    if args.has_teacher:
         report(args, results)
-    Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)
+    args.checkpoint.unlink(missing_ok=True)
 
 
 def report(args, results):
-    """Write the model card, print the table, push if asked to, and print the headline as one JSON object."""
+    """Write the model card, print the table, push if asked to, print the headline as one JSON object."""
     write_model_card(args, results)
-    say(f"\n{results_table(results)}\n")
-    say("; ".join(f"{name}: {seconds:.1f} s" for name, seconds in results["seconds"].items()))
-    say(f"the student is in {args.output_dir}\n")
+    say(f"\n{results_table(results)}\n\nthe student is in {args.output_dir}\n")
     if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 0):
-        todo = "train the teacher longer (--teacher_epochs), use a better one, or give the labels more weight (--alpha)"
-        say(f"note: on eval the student is better than its teacher, which may hold it back: {todo}\n")
+        say("note: on eval the student is better than its teacher: see --teacher_epochs, or raise --alpha\n")
     if args.hub_model_id:
-        with as_user_error(f"cannot push (the same command tries again); the student is safe in {args.output_dir}"):
+        with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
             pushed = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
             # Not teacher/ and runs/, nor all arguments, which name folders of this machine.
             options = {"allow_patterns": pushed, "ignore_patterns": ["*/*", "results.json"]}
@@ -724,7 +691,7 @@ def results_table(results):
 
 
 def table(rows):
-    """Dictionaries of texts with the same keys as a Markdown table, all columns but the first set right."""
+    """Dictionaries of texts as a Markdown table, all columns but the first set right."""
     first, *others = rows[0]
     rows = [{name: name for name in rows[0]}, {first: "---", **dict.fromkeys(others, "---:")}, *rows]
     width = {name: max(len(row[name]) for row in rows) for name in rows[0]}
@@ -750,13 +717,13 @@ def write_model_card(args, results):
     source = f"a larger teacher, {teacher or 'a local model'}"
     if args.teacher_column:
         source = f"the answers in column '{','.join(args.teacher_column)}'"
-    on_hub = dataset is not None and args.dataset_id != "demo"  # where the scored splits are; the demo's are its own
+    on_hub = args.dataset_id == dataset  # the demo's splits are its own
     where = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     student, scores, kind = results["student"], [], "text-classification"
     for role, split in (("eval", args.eval_split), ("test", args.test_split)) if on_hub else ():
         for score, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
-            if split and f"{role}_{score}" in student:
+            if f"{role}_{score}" in student:
                 its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{score}"]}
                 scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
     metadata = huggingface_hub.ModelCardData(
@@ -770,7 +737,6 @@ def write_model_card(args, results):
     )
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
     examples = results["examples"]
-    mix = f"The true labels had weight {args.alpha:g}, the teacher's {1 - args.alpha:g}; " if examples["train"] else ""
     card = f"""---
 {metadata.to_yaml()}
 ---
@@ -779,7 +745,8 @@ def write_model_card(args, results):
 
 A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from
 {source}, on {dataset or "a local data set"}.
-{mix}{examples["unlabeled"]:,} examples had no label but the teacher's.
+{examples["train"]:,} examples had a true label, of weight {args.alpha:g}, and
+{examples["unlabeled"]:,} no label but the teacher's.
 
 {results_table(results)}
 
@@ -790,34 +757,30 @@ Training: {", ".join(f"{flag} {getattr(args, flag)}" for flag in flags)}.
     write(card, Path(args.output_dir, "README.md"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and other files
-
-# Two commands that differ only in these flags do the same training.
-NOT_PART_OF_TRAINING = (
-    "output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "hub_model_id", "hub_private",
-    "hf_token_secret", "n_trials",
-)  # fmt: skip
-
-
 class RunFiles:
     """What rank 0 writes while a model is trained: metrics.jsonl, the best model, and checkpoint.pt."""
 
     def __init__(self, args, identity, training, tokenizer):
         self.args, self.identity, self.training, self.tokenizer = args, identity, training, tokenizer
-        self.metrics, self.board, self.saved = Path(args.output_dir, "metrics.jsonl"), None, time.monotonic()
+        self.metrics, self.saved = Path(args.output_dir, "metrics.jsonl"), time.monotonic()
 
     def begin(self, checkpoint):
         """Drop the results of an earlier run, and rows that were written after the checkpoint."""
         Path(self.args.output_dir, "results.json").unlink(missing_ok=True)
         write(checkpoint["metrics"] if checkpoint else "", self.metrics)
+        if self.args.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(Path(self.args.output_dir, "runs"), purge_step=self.training.step + 1)
 
     def add(self, row, better):
-        """Write a row of train(), print an epoch's scores, save the model if it is the best, a checkpoint if due."""
+        """Write a row, print an epoch's scores, save the model if it is the best, a checkpoint if due."""
         with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.args.report_to == "tensorboard":
-            self.add_to_tensorboard(row)
+            for name in row.keys() - {"step", "epoch"}:
+                self.board.add_scalar(name, row[name], row["step"])
+            self.board.flush()
         ended = "eval_loss" in row  # an epoch
         if ended:
             line = ", ".join(f"{name.replace('_', ' ', 1)} {row[name]:.4f}" for name in row if name.startswith("eval_"))
@@ -828,23 +791,8 @@ class RunFiles:
         if ended or self.training.stop or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
             rows = self.metrics.read_text(encoding="utf-8")  # a run that goes on elsewhere finds no such file
             state = {"identity": self.identity, "metrics": rows, **self.training.state_dict()}
-            write(state, Path(self.args.checkpoint_dir, "checkpoint.pt"))
+            write(state, self.args.checkpoint)
             self.saved = time.monotonic()
-
-    def add_to_tensorboard(self, row):
-        if self.board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.metrics.parent / "runs"), purge_step=row["step"])
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                self.board.add_scalar(name, value, row["step"])
-        self.board.flush()
-
-    def save_best(self):
-        """Save the best epoch's model; again, since a run that goes on elsewhere may have found the folder empty."""
-        self.training.model.load_state_dict(self.training.best_weights)
-        save_model(self.args.output_dir, self.training.model, self.tokenizer)
 
 
 @contextlib.contextmanager
@@ -863,7 +811,7 @@ def stopping_at_a_row(training):
 
 
 def lock(folder, held):
-    """Hold the folder for this process, until `held` is closed. Raises UserError if another one holds it."""
+    """Hold the folder until `held` is closed. Raises UserError if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     held.callback(os.close, descriptor)
     try:
@@ -880,49 +828,47 @@ def is_finished(args, identity):
     found = results is not None and results["identity"] == identity
     if found:
         say(f"it has been already, in {args.output_dir}")
-        Path(args.checkpoint_dir, "checkpoint.pt").unlink(missing_ok=True)  # of a run killed at its very end
+        args.checkpoint.unlink(missing_ok=True)  # of a run killed at its very end
     return found
 
 
 def check_same_command(args, checkpoint, identity):
-    """Raise UserError if there is a checkpoint, and it was left by a command that trains something else."""
+    """Raise UserError if the checkpoint, if any, was left by a command that trains something else."""
     old = checkpoint["identity"] if checkpoint else identity
     differences = [f"{name} was {old.get(name)}, is {new}" for name, new in identity.items() if old.get(name) != new]
-    todo = "repeat that command to continue it, delete the file to start over, or choose another --output_dir"
-    path = Path(args.checkpoint_dir, "checkpoint.pt")
-    check(not differences, f"{path} was left by another command ({'; '.join(differences)}): {todo}")
+    todo = "repeat that one, delete the file to start over, or choose another --output_dir"
+    check(not differences, f"{args.checkpoint} was left by another command ({'; '.join(differences)}): {todo}")
 
 
 def identity_of(args, task):
-    """What must be equal for a training to be continued: flags, kind of machine, models and data."""
+    """What must be equal for a training to be continued: flags, machine, models and data."""
     splits = task.student_splits.values()
-    answers = [split.teacher_logits for split in splits if split.teacher_logits is not None]
     return {
-        **{name: value for name, value in asdict(args).items() if name not in NOT_PART_OF_TRAINING},
+        **{name: value for name, value in asdict(args).items() if name not in IRRELEVANT},
         "search": args.n_trials > 0,
         "processes": dist.get_world_size(),
         "device": task.student.device.type,
-        "digest of the teacher": digest(*([task.teacher] if task.teacher is not None else answers)),
+        "digest of the teacher": digest(task.teacher, *[split.teacher_logits for split in splits]),
         "digest of the student": digest(task.student),
         "digest of the data": digest(*[x for split in splits for x in (*split.tokens.tensors(), split.labels)]),
     }
 
 
 def digest(*things):
-    """SHA-256 of tensors' bytes, texts, and models' weights and configurations."""
+    """SHA-256 of tensors' bytes, texts, and models' weights and configurations; None adds nothing."""
     sha = hashlib.sha256()
     for thing in things:
         if isinstance(thing, torch.Tensor):
             sha.update(thing.cpu().contiguous().numpy())
         elif isinstance(thing, torch.nn.Module):
             sha.update(digest(*thing.state_dict().values(), thing.config.to_json_string()).encode())
-        else:
+        elif thing is not None:
             sha.update(thing.encode())
     return sha.hexdigest()
 
 
 def write(value, path):
-    """Save a text, or else what torch saves. A file is replaced by a complete one: no reader finds half of it."""
+    """Save a text, or what torch saves. The file is replaced by a complete one: no reader finds half of it."""
     temporary = Path(f"{path}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -952,16 +898,16 @@ def save_model(folder, model, tokenizer):
         model.save_pretrained(temporary)
         data.save_tokenizer(tokenizer, temporary)
         for file in temporary.iterdir():
-            shutil.copymode(temporary / "config.json", file)  # as the umask says; safetensors would keep others out
+            shutil.copymode(temporary / "config.json", file)  # safetensors would keep others out
             os.replace(file, folder / file.name)
         temporary.rmdir()
-    shutil.rmtree(folder / "onnx", ignore_errors=True)  # bench.py's export of the model that was there before
+    shutil.rmtree(folder / "onnx", ignore_errors=True)  # bench.py's export of an earlier model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, device, precision
 
-DOWNLOADS = datetime.timedelta(hours=2)  # how long the other ranks wait while rank 0 downloads and tokenizes
+DOWNLOADS = datetime.timedelta(hours=2)  # how long ranks wait while rank 0 downloads and tokenizes
 
 
 @contextlib.contextmanager
@@ -987,7 +933,7 @@ def process_group(device):
         yield
     except Exception as error:
         if dist.get_world_size() > 1 and not isinstance(error, UserError):  # which all ranks have
-            # Only this rank has failed. An orderly exit waits for the others, who wait for it; torchrun ends them.
+            # An orderly exit would wait for the other ranks, who wait for this one; torchrun ends them.
             traceback.print_exc()
             os._exit(1)
         raise
@@ -995,62 +941,46 @@ def process_group(device):
         dist.destroy_process_group()
 
 
-def join(device, name):
-    """Meet all of torchrun's processes, if there are any, and form their group. Returns the store they met in."""
-    store, rank, world_size = meet()
+def join(device, name, patience=datetime.timedelta(minutes=30)):
+    """Form the group of torchrun's processes, or of this one alone. Returns the store in which they have met."""
+    if "RANK" in os.environ:
+        # By default gloo takes the interface of the host's name, which in a cluster may lead to this machine alone.
+        interface = os.environ.get("SM_NETWORK_INTERFACE_NAME") or os.environ.get("NCCL_SOCKET_IFNAME")
+        if interface in dict(map(reversed, socket.if_nameindex())):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    else:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
+        store, rank, world_size = dist.HashStore(), 0, 1
+    store = dist.PrefixStore(name, store)
+    store.set(f"{rank}", "")
+    store.wait([f"{other}" for other in range(world_size)], patience)
     # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and "RANK" in os.environ else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return store
 
 
-def meet():
-    """The store in which torchrun's processes meet, this one's rank, and how many they are."""
-    if "RANK" not in os.environ:
-        os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
-        return dist.HashStore(), 0, 1
-    # By default gloo takes the interface of the host's name, which in a cluster may resolve to this machine alone.
-    interface = os.environ.get("SM_NETWORK_INTERFACE_NAME") or os.environ.get("NCCL_SOCKET_IFNAME")
-    if interface in dict(map(reversed, socket.if_nameindex())):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    return next(dist.rendezvous("env://"))
-
-
-@contextlib.contextmanager
-def alone(device):
-    """Inside, each process is a group of its own; yields its rank among all. At the end it waits for the others."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with errors_as_lines():  # of this process, which prints them as a group of its own
-        yield rank, world_size
-    dist.destroy_process_group()
-    store, _, _ = meet()
-    store.set(f"done {rank}", "")
-    store.wait([f"done {other}" for other in range(world_size)], datetime.timedelta(days=30))
-    join(device, "again")
-
-
 def on_all_ranks(model, examples, args):
-    """The model as it is called in training: compiled, if asked for, and with its gradients averaged over the ranks."""
+    """The model as it is trained: compiled, if asked for, and with gradients averaged over the ranks."""
     ddp_model = torch.compile(model, dynamic=True) if args.compile else model
     if dist.get_world_size() > 1:
-        # DDP waits for all gradients. Some models have parameters that no classification reaches: they take no part.
+        # DDP waits for all gradients, but some models have parameters that no classification reaches.
         forward(model.eval(), examples.batch(torch.tensor([0]))[0]).sum().backward()
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         model.zero_grad()
         ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
-        # Set here, since torch 2.9 and 2.13 name the constructor's flag differently: BERT's buffers are constants.
+        # BERT's are constants. Set here, since torch 2.9 and 2.13 name the constructor's flag differently.
         ddp_model.broadcast_buffers = False
     return ddp_model
 
 
 def from_rank0(make, timeout=None):
-    """Call make() on rank 0 alone and return its result on every rank, whether or not the machines share a disk.
+    """Call make() on rank 0 alone; return its result, or raise its UserError, on every rank.
 
-    An error that the user can fix is raised on every rank. The other ranks wait for at most `timeout`, by default
-    torch's half an hour. Another timeout needs a process group of its own: all else still notices a lost machine soon.
+    The other ranks wait for at most `timeout`, by default torch's half an hour. Another timeout needs a process group
+    of its own: all else still notices a lost machine soon.
     """
     group = dist.new_group(timeout=timeout, backend="gloo") if timeout else None
     answer = None
@@ -1069,31 +999,16 @@ def from_rank0(make, timeout=None):
 
 
 def broadcast(value, group):
-    """Rank 0's value on every rank. Tensors travel by themselves: pickled, each would take four times its memory."""
-    file, tensors, message = io.BytesIO(), {}, [None]
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, thing):
-            if isinstance(thing, torch.Tensor):
-                tensors[id(thing)] = thing  # once, though it may occur twice, as tied weights do
-                return id(thing)
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, key):
-            return tensors[key]
-
+    """Rank 0's value on every rank, sent as a file: dist's own way takes four times the tensors' memory."""
+    file = io.BytesIO()
     if dist.get_rank() == 0:
-        Pickler(file).dump(value)
-        kinds = [(type(t) is torch.nn.Parameter, t.requires_grad, t.shape, t.dtype) for t in tensors.values()]
-        message = [(file.getvalue(), dict(zip(tensors, kinds, strict=True)))]
-    dist.broadcast_object_list(message, 0, group)
-    pickled, kinds = message[0]
-    for key, (is_parameter, requires_grad, shape, dtype) in kinds.items():
-        if dist.get_rank() != 0:
-            empty = torch.empty(shape, dtype=dtype)
-            tensors[key] = torch.nn.Parameter(empty, requires_grad) if is_parameter else empty
-        dist.broadcast(tensors[key].detach().reshape(-1).view(torch.uint8), 0, group)
-    return Unpickler(io.BytesIO(pickled)).load()
+        torch.save(value, file)
+    size = torch.tensor([file.tell()])
+    dist.broadcast(size, 0, group)
+    if dist.get_rank() != 0:
+        file = io.BytesIO(bytes(size.item()))
+    dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0, group)
+    return value if dist.get_rank() == 0 else torch.load(file, weights_only=False)
 
 
 def on_main_rank():
@@ -1109,20 +1024,19 @@ def say(message):
 
 
 def fail(message, code=2):
-    """End the program with an error that the user can fix: one line from rank 0, the exit code from every rank."""
+    """End the program with one line from rank 0, and with the exit code on every rank."""
     if on_main_rank():
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def progress_bar(total, title):
-    """tqdm's bar on a terminal; elsewhere, as in a job's log, a line a minute. Rank 0 shows it."""
-    options = {"total": total, "desc": title, "unit": " examples", "leave": False, "disable": not on_main_rank()}
+    """The first process's bar on a terminal; elsewhere, as in a job's log, a line a minute."""
+    options = {"total": total, "desc": title, "unit": " examples", "leave": False}
+    options["disable"] = os.environ.get("RANK", "0") != "0"  # in a search each is rank 0 of its group
     if not sys.stderr.isatty():
         line = "{desc}: {n:,} of {total:,} examples{postfix}, {rate_fmt}"
         options |= {"file": Lines(), "bar_format": line, **dict.fromkeys(("delay", "mininterval", "maxinterval"), 60)}
-    elif os.environ.get("RANK", "0") != "0":  # in a search every process is its own rank 0
-        options["disable"] = True
     return tqdm(**options)
 
 
@@ -1135,9 +1049,10 @@ class Lines(io.TextIOBase):
 
 
 def choose_device():
-    """This process's GPU, or the CPU. Raises UserError: there are too few GPUs, or torch cannot use them."""
+    """This process's GPU, or the CPU. Raises UserError: too few GPUs, or torch cannot use them."""
     if not torch.cuda.is_available():
-        if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and gpus_are_listed():
+        listed = int(os.environ.get("SM_NUM_GPUS", 0)) > 0 or "GPU 0:" in subprocess.getoutput("nvidia-smi -L")
+        if listed and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
             with as_user_error("torch cannot use this machine's GPU (with CUDA_VISIBLE_DEVICES= it takes the CPU)"):
                 torch.cuda.init()  # raises, and says why
         return torch.device("cpu")
@@ -1145,16 +1060,10 @@ def choose_device():
     check(processes <= gpus, f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
-    # On an H100 scaled_dot_product_attention prefers cuDNN, which builds a plan for every new shape of a batch. Batches
-    # of text have many shapes, and planning takes far longer than the attention itself.
+    # An H100 prefers cuDNN's attention, which plans for every new shape of a batch. Batches of text have many shapes,
+    # and planning takes far longer than the attention itself.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
-
-
-def gpus_are_listed():
-    """Whether SageMaker or the driver says that there is a GPU, whatever torch says."""
-    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return int(os.environ.get("SM_NUM_GPUS", 0)) > 0 or (bool(listed) and listed.startswith("GPU "))
 
 
 def device_name(device):
@@ -1162,7 +1071,7 @@ def device_name(device):
 
 
 def choose_precision(precision, device):
-    """What "auto" stands for: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU."""
+    """For "auto", bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU."""
     other = "fp16" if device.type == "cuda" else "fp32"
     return precision if precision != "auto" else "bf16" if multiplies_bf16(device) else other
 
@@ -1175,7 +1084,7 @@ def multiplies_bf16(device):
 
 
 def seed_dropout(seed, device):
-    """Seed the generators that dropout draws from. torch.manual_seed() would seed those of every backend it knows."""
+    """Seed what dropout draws from. torch.manual_seed() would be slower: it seeds every backend."""
     torch.default_generator.manual_seed(seed)  # on a GPU too: some models choose layers to drop by it
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -1193,33 +1102,31 @@ PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 def forward(model, inputs):
     """The model's logits [B, C] for the inputs that Tokens.batch returns; without padding there is no mask.
 
-    Given a 2-D mask, transformers reads it back to check for padding, which would stall the host in every step.
+    A 2-D mask would be read back by transformers, which looks for padding: the host would wait in every step.
     """
     mask = inputs.get("attention_mask")  # [B, L] bool, True at tokens
     if mask is not None:
         config = getattr(model, "module", model).config  # DDP wraps the model
-        if config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa":
-            mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
-        else:
-            mask = mask.long()
+        plain = config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa"
+        mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1) if plain else mask.long()
         inputs = {**inputs, "attention_mask": mask}
     return model(**inputs).logits
 
 
 def quiet_libraries():
-    """Silence messages that a user can do nothing about; data.load_model() checks the important ones itself."""
+    """Silence messages that a user can do nothing about; data.load_model() checks itself."""
     for library in (transformers.utils, datasets.utils):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
-    # Stops transformers from asking a Hub service, in a thread, to convert a repository's pytorch_model.bin.
+    # Else transformers asks a Hub service, in a thread, to convert a repository's pytorch_model.bin.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal's encoding lacks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parsing the flags, checks before the start, main
+# Flags: parsed, checked before the start, and what the data decides
 
 RULES = {"at_least": operator.ge, "above": lambda value, bound: bound < value < math.inf, "at_most": operator.le}
 
@@ -1231,7 +1138,7 @@ def parse_args(argv=None, config=Config, demo=DEMO):
     for option in fields(config):
         rules, default = option.metadata, option.default
         more = {"type": option.type, "choices": rules.get("choices"), "metavar": rules.get("metavar")}
-        if option.type is bool:  # stands alone, or takes true or false: SageMaker passes every flag with a value
+        if option.type is bool:  # stands alone, or has a value, as SageMaker gives to every flag
             more |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
         elif option.type is list:
             more["type"] = lambda text: [part.strip() for part in text.split(",")]
@@ -1241,16 +1148,14 @@ def parse_args(argv=None, config=Config, demo=DEMO):
     if getattr(args, "demo", False):  # parsed again, with other defaults
         parser.set_defaults(**demo)
         args = parser.parse_args(argv)
-    for option in fields(config):
-        value = getattr(args, option.name)
-        for rule, holds in RULES.items():
-            bound = option.metadata.get(rule)
-            if None not in (value, bound) and not holds(value, bound):
-                fail(f"argument --{option.name}: must be {rule.replace('_', ' ')} {bound}, not {value}")
-    try:
+    with errors_as_lines():
+        for option in fields(config):
+            value = getattr(args, option.name)
+            for rule, holds in RULES.items():
+                bound = option.metadata.get(rule)
+                fits = value is None or bound is None or holds(value, bound)
+                check(fits, f"argument --{option.name}: must be {rule.replace('_', ' ')} {bound}, not {value}")
         return config(**vars(args))
-    except UserError as error:
-        fail(error)
 
 
 def true_or_false(text):
@@ -1260,15 +1165,13 @@ def true_or_false(text):
 
 
 def check_before_start(args, device, held):
-    """Fail early on what would otherwise fail at the end. Returns the Hub's full name of --hub_model_id."""
-    tensorboard = args.report_to == "tensorboard"
-    for module, needed in (("optuna", args.n_trials), ("tensorboard", tensorboard), ("boto3", args.hf_token_secret)):
-        if needed:
-            with as_user_error(f"these flags need a package, pip install {module}"):
-                importlib.import_module(module)
-    if args.n_trials:
-        same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-        check(same_machine, "--n_trials runs on one machine: its processes share a file of trials")
+    """Fail early on what would otherwise fail at the end. Returns --hub_model_id with its owner."""
+    needed = {"optuna": args.n_trials, "tensorboard": args.report_to == "tensorboard", "boto3": args.hf_token_secret}
+    for module in filter(needed.get, needed):
+        with as_user_error(f"these flags need a package, pip install {module}"):
+            importlib.import_module(module)
+    same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    check(same_machine or not args.n_trials, "--n_trials runs on one machine, whose processes share a file")
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
     for source in filter(None, (args.teacher_id, args.student_id)):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
@@ -1287,9 +1190,8 @@ def check_before_start(args, device, held):
             token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
         os.environ["HF_TOKEN"] = token  # of this process, which downloads and pushes, and no other
     if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
-        given = {name: value for name, value in asdict(args).items() if value is not None}
-        flags = {name: given[name] for name in given if name not in NOT_PART_OF_TRAINING}
-        check_same_command(args, read(Path(args.checkpoint_dir, "checkpoint.pt")), flags)
+        flags = {name: value for name, value in asdict(args).items() if value is not None and name not in IRRELEVANT}
+        check_same_command(args, read(args.checkpoint), flags)
         with contextlib.redirect_stdout(io.StringIO()):
             read_student(replace(args, teacher_epochs=0), ["0", "1"])
     if not args.hub_model_id:
@@ -1300,12 +1202,34 @@ def check_before_start(args, device, held):
     return created.repo_id
 
 
+def read_student(args, class_names):
+    """The student before training, and its tokenizer."""
+    from_teacher = args.student_id == "teacher" and args.has_teacher
+    student_id = args.finished_teacher if from_teacher else args.student_id
+    student, tokenizer = data.load_model(student_id, class_names, args.seed)
+    return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
+
+
+def settle(args, splits):
+    """The flags with what the data decides: the temperature if it is not given, and --best_by."""
+    answers, best_by = splits["train"].teacher_logits, args.best_by
+    taught = args.alpha < 1 or splits["train"].labeled
+    check(taught, "--alpha 1 leaves the teacher out, but the training split has no labels")
+    zeros = answers is not None and (answers == data.LOG_ZERO).any()
+    if zeros and (args.temperature or 1) > 1:  # one-hot over 54 classes becomes 0.65 at T = 4
+        say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1")
+    if best_by != "loss" and not splits["eval"].labeled:
+        best_by = "agreement"
+        say("without labels the best epoch is that of most agreement with the teacher")
+    return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
+
+
 def main(argv=None):
     args = parse_args(argv)
     quiet_libraries()
     torch.serialization.set_crc32_options(False)  # CRCs take half of torch.save's time; torch.load ignores them
     with errors_as_lines():
-        device = choose_device()  # before the group is formed: gloo aborts who still connects when one process leaves
+        device = choose_device()  # first: gloo aborts who still connects when one process leaves
         with contextlib.ExitStack() as held, process_group(device):
             args = replace(args, precision=from_rank0(lambda: choose_precision(args.precision, device)))
             say(f"on {device_name(device)}, in {args.precision}, processes: {dist.get_world_size()}")
