@@ -18,6 +18,7 @@ import json
 import math
 import operator
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -171,8 +172,7 @@ def run(args, device):
         label_with_teacher(args, task)
         seconds["labeling"] = time.perf_counter() - start
         if args.uses_teacher and not args.cache_teacher:
-            # Frozen only now: in predict(), autocast caches half-precision copies only of weights that require grad.
-            live_teacher = task.teacher.requires_grad_(False), task.teacher_splits["train"].tokens
+            live_teacher = make_live_teacher(args, task)
         task.teacher = task.teacher_splits = None  # frees memory, unless live_teacher needs them
     if args.has_teacher:
         scores["teacher"] = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
@@ -222,9 +222,7 @@ def fine_tune_teacher(args, device):
 # The teacher's labels, and scores
 
 PART = 16_384  # examples: as many labels are lost, at most, if a run is killed
-
-# Tokens per batch: enough to keep the device busy; more would mix lengths and pad more.
-PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}
+PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}  # per batch: enough to keep the device busy; more would pad more
 
 
 @dataclass
@@ -274,6 +272,19 @@ def label_with_teacher(args, task):
         if found:
             say(f"teacher's labels for {role}: {found:,} of {len(split.labels):,} found in {folder}")
         task.student_splits[role].teacher_logits = torch.cat(parts).to(split.labels.device)
+
+
+def make_live_teacher(args, task):
+    """The textbook form, for --cache_teacher false: a function that runs the teacher on rows of the training split."""
+    # Frozen only now: in predict(), autocast caches half-precision copies only of weights that require grad.
+    teacher, tokens = task.teacher.eval().requires_grad_(False), task.teacher_splits["train"].tokens
+
+    @torch.no_grad()
+    def live_teacher(rows):
+        with autocast(tokens.device, args.precision):
+            return forward(teacher, tokens.batch(rows)[1]).float()
+
+    return live_teacher
 
 
 @torch.no_grad()
@@ -414,13 +425,12 @@ def train(args, training, splits, live_teacher=None):
 
     Every log_steps steps a row has the mean losses since the one before, and an epoch's last row also its scores on
     eval. At a row no loss is unread and all ranks stand at the same step: here the caller may save, report, or stop.
+    Raises UserError if the loss is not finite.
 
     Args:
         training: where to begin, and what is trained.
         splits: role -> Examples, on the device.
-        live_teacher: for --cache_teacher false, the teacher and its tokens of the training split.
-
-    Raises UserError: the loss is not finite.
+        live_teacher: see make_live_teacher(); else splits hold the teacher's logits, or there is no teacher.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     examples, device = splits["train"], splits["train"].labels.device
@@ -442,10 +452,8 @@ def train(args, training, splits, live_teacher=None):
                 seed_dropout(step_seed(args.seed, training.step, rank), device)
                 rows = batch[rank::world_size]  # this rank's part
                 inputs, labels, teacher_logits = examples.batch(rows)
-                if live_teacher:  # the textbook form
-                    teacher, tokens = live_teacher
-                    with torch.no_grad(), autocast(device, args.precision):
-                        teacher_logits = forward(teacher, tokens.batch(rows)[1]).float()
+                if live_teacher:
+                    teacher_logits = live_teacher(rows)
                 parts = training_step(
                     ddp_model, training.optimizer, training.scaler, inputs, labels, teacher_logits, len(batch), args
                 )
@@ -531,13 +539,15 @@ def read_task(args):
     processes = dist.get_world_size()
     check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
 
-    limit = min(args.max_length, teacher_tokenizer.model_max_length, student_tokenizer.model_max_length)
+    limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
+    limits["the teacher"] = teacher_tokenizer.model_max_length
+    limit = min(limits, key=limits.get)
 
     def tokenized(tokenizer):
-        tokens = {role: data.tokenize(tokenizer, split.texts, limit) for role, split in splits.items()}
+        tokens = {role: data.tokenize(tokenizer, split.texts, limits[limit]) for role, split in splits.items()}
         cut = [f"{its.cut:,} of {len(its):,} {role}" for role, its in tokens.items() if its.cut]
         if cut:
-            say(f"texts cut at {limit} tokens: {', '.join(cut)}")
+            say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
         return {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
 
     teacher_splits = student_splits = tokenized(teacher_tokenizer)
@@ -999,16 +1009,31 @@ def from_rank0(make, timeout=None):
 
 
 def broadcast(value, group):
-    """Rank 0's value on every rank, sent as a file: dist's own way takes four times the tensors' memory."""
-    file = io.BytesIO()
+    """Rank 0's value on every rank. Tensors travel by themselves: pickled, each would take four times its memory."""
+    file, tensors, message = io.BytesIO(), {}, [None]
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            if isinstance(thing, torch.Tensor):
+                tensors[id(thing)] = thing  # once, though it may occur twice, as tied weights do
+                return id(thing)
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, key):
+            return tensors[key]
+
     if dist.get_rank() == 0:
-        torch.save(value, file)
-    size = torch.tensor([file.tell()])
-    dist.broadcast(size, 0, group)
-    if dist.get_rank() != 0:
-        file = io.BytesIO(bytes(size.item()))
-    dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0, group)
-    return value if dist.get_rank() == 0 else torch.load(file, weights_only=False)
+        Pickler(file).dump(value)
+        kinds = [(type(t) is torch.nn.Parameter, t.requires_grad, t.shape, t.dtype) for t in tensors.values()]
+        message = [(file.getvalue(), dict(zip(tensors, kinds, strict=True)))]
+    dist.broadcast_object_list(message, 0, group)
+    pickled, kinds = message[0]
+    for key, (is_parameter, requires_grad, shape, dtype) in kinds.items():
+        if dist.get_rank() != 0:
+            empty = torch.empty(shape, dtype=dtype)
+            tensors[key] = torch.nn.Parameter(empty, requires_grad) if is_parameter else empty
+        dist.broadcast(tensors[key].detach().reshape(-1).view(torch.uint8), 0, group)
+    return Unpickler(io.BytesIO(pickled)).load()
 
 
 def on_main_rank():
@@ -1114,7 +1139,7 @@ def forward(model, inputs):
 
 
 def quiet_libraries():
-    """Silence messages that a user can do nothing about; data.load_model() checks itself."""
+    """Silence messages that a user can do nothing about; data.load_model() checks the important ones itself."""
     for library in (transformers.utils, datasets.utils):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -1229,7 +1254,7 @@ def main(argv=None):
     quiet_libraries()
     torch.serialization.set_crc32_options(False)  # CRCs take half of torch.save's time; torch.load ignores them
     with errors_as_lines():
-        device = choose_device()  # first: gloo aborts who still connects when one process leaves
+        device = choose_device()  # before the group is formed: gloo aborts who still connects when one process leaves
         with contextlib.ExitStack() as held, process_group(device):
             args = replace(args, precision=from_rank0(lambda: choose_precision(args.precision, device)))
             say(f"on {device_name(device)}, in {args.precision}, processes: {dist.get_world_size()}")
