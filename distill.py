@@ -538,7 +538,6 @@ def read_task(args):
     smallest = len(splits["train"]) // math.ceil(len(splits["train"]) / args.batch_size)  # of the batches
     processes = dist.get_world_size()
     check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
-
     limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
     limits["the teacher"] = teacher_tokenizer.model_max_length
     limit = min(limits, key=limits.get)
