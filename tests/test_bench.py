@@ -183,7 +183,7 @@ def test_six_layers_take_about_three_times_as_long_as_two(save_tiny, tokenizer):
     for layers in (2, 6):
         models[layers], _ = data.load_model(save_tiny(f"layers{layers}", num_hidden_layers=layers, **shape))
     times = clock(lambda layers, batch: models[layers](**batch), models, [inputs], min_run_time=0.5)
-    assert 1.5 < bench.describe(times[6])["p50_ms"] / bench.describe(times[2])["p50_ms"] < 5
+    assert 1.5 < min(times[6]) / min(times[2]) < 5  # of which no busy machine has interrupted at least one
 
 
 # Texts
