@@ -353,8 +353,9 @@ def read_answers(table, columns, class_names, where):
         check(column in table.column_names, no_column(column, table, where))
     ends = [[name for name in class_names or [] if column.casefold().endswith(name.casefold())] for column in columns]
     names = [max(end, key=len, default=column) for end, column in zip(ends, columns, strict=True)]  # prob_joy: joy
-    where, answers = f"{where}, column '{','.join(columns)}'", []
+    where = f"{where}, column '{','.join(columns)}'"
     cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
+    answers = []
     for values in zip(*cells, strict=True):
         try:
             answers.append(read_answer(values, names))
@@ -420,7 +421,8 @@ def as_logits(numbers, where):
     numbers = np.nan_to_num(numbers)
     sums, whole = numbers.sum(1), (numbers % 1 == 0).all()
     wrong = sums == 0 if whole else abs(sums - 1) > 0.01
-    row, kinds = wrong.argmax(), "neither logits (some below 0) nor probabilities (sums of 1) nor votes (all whole)"
+    kinds = "neither logits (some below 0) nor probabilities (sums of 1) nor votes (all whole)"
+    row = wrong.argmax()
     check(not wrong.any(), f"{where}, row {row + 1}: the numbers sum to {sums[row]:g}; the column's are {kinds}")
     kind = "probabilities" if not whole else "votes" if sums.max() > 1 else "hard answers"
     return torch.from_numpy(np.log(np.maximum(numbers / sums[:, None], 1e-8)).astype(np.float32)), kind
@@ -554,10 +556,11 @@ def find_file(path, dataset_id, name):
 
 def read_csv(file):
     """A csv or tsv file as a pyarrow.Table of strings as they stand: "01" and "NA" are text."""
-    tsv, rows = file.suffix.lower() == ".tsv", []
+    tsv = file.suffix.lower() == ".tsv"
     # In a tsv file, such as GLUE's, a quotation mark is a character. Else strict: a lone one would swallow rows.
     quoting = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
     csv.field_size_limit(2**31 - 1)
+    rows = []
     with open(file, newline="", encoding="utf-8-sig") as lines:
         header = lines.readline()
         separator = max("\t" if tsv else ",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))

@@ -659,9 +659,10 @@ def finish(args, task, scores, seconds, parameters, trials, identity):
         results[who] |= {f"{role}_{name}": value for role in its for name, value in its[role].items()}
     results |= {"seconds": seconds, "classes": task.class_names}
     examples = {role: len(split.labels) for role, split in task.student_splits.items()}
-    labeled, device = task.student_splits["train"].labeled, task.student.device
+    labeled = task.student_splits["train"].labeled
     results["examples"] = {**examples, "train": labeled, "unlabeled": examples["train"] - labeled}
-    results |= {"device": device_name(device), "threads": torch.get_num_threads(), "processes": dist.get_world_size()}
+    results |= {"device": device_name(task.student.device), "threads": torch.get_num_threads()}
+    results["processes"] = dist.get_world_size()
     modules = (torch, transformers, datasets, huggingface_hub)
     results["versions"] = {module.__name__: module.__version__ for module in modules}
     results |= {"arguments": asdict(args), "identity": identity, "search": trials}
@@ -1235,14 +1236,14 @@ def read_student(args, class_names):
 
 def settle(args, splits):
     """The flags with what the data decides: the temperature if it is not given, and --best_by."""
-    answers, best_by = splits["train"].teacher_logits, args.best_by
     taught = args.alpha < 1 or splits["train"].labeled
     check(taught, "--alpha 1 leaves the teacher out, but the training split has no labels")
+    answers = splits["train"].teacher_logits
     zeros = answers is not None and (answers == data.LOG_ZERO).any()
     if zeros and (args.temperature or 1) > 1:  # one-hot over 54 classes becomes 0.65 at T = 4
         say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1")
-    if best_by != "loss" and not splits["eval"].labeled:
-        best_by = "agreement"
+    best_by = args.best_by if args.best_by == "loss" or splits["eval"].labeled else "agreement"
+    if best_by != args.best_by:
         say("without labels the best epoch is that of most agreement with the teacher")
     return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
 
