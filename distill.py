@@ -107,6 +107,7 @@ class Config:
         check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
         check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
+        check(self.hub_model_id or not self.hub_private, "--hub_private needs --hub_model_id")
         check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
@@ -210,7 +211,7 @@ def fine_tune_teacher(args, device):
     """Make the teacher by a run of its own, in which the true labels alone teach: alpha is 1."""
     say("the teacher is fine-tuned first")
     reset = ("student_layers", "test_split", "unlabeled_id", "unlabeled_config", "unlabeled_split", "cache_teacher")
-    reset += ("temperature", "n_trials", "hub_model_id", "teacher_epochs", "teacher_learning_rate")
+    reset += ("temperature", "n_trials", "hub_model_id", "hub_private", "teacher_epochs", "teacher_learning_rate")
     changes = {name: getattr(Config, name) for name in reset}  # the student's flags have no part in it
     changes |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
     changes |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}

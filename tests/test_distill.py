@@ -263,6 +263,7 @@ def test_sagemaker_folders(monkeypatch):
         (["--text_columns", "a,b,c"], "--text_columns: one or two"),
         (["--learn", "1"], "unrecognized arguments"),
         (["--unlabeled_split", "test"], "--unlabeled_split needs --unlabeled_id"),
+        (["--hub_private"], "--hub_private needs --hub_model_id"),
         (["--unlabeled_id", "more.txt", "--alpha", "1"], "leaves out the teacher"),
         (["--n_trials", "2", "--cache_teacher", "false"], "leave out --cache_teacher"),
     ],
