@@ -220,7 +220,7 @@ def read_labels(table, label_column, where):
     """The different labels as strings, and each row's place among them ([N] numpy integers)."""
     check(label_column in table.column_names, no_column(label_column, table, where))
     labels, kind = column_of(table, label_column), kind_of(table, label_column)
-    check(kind != "lists", f"several labels a text in {where}: this trains on one a text")
+    check(kind != "lists", f"several labels per text in {where}: this trains on one per text")
     if kind == "floats":  # whole numbers may be stored so
         with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
             labels = labels.cast(pa.int64())
@@ -329,7 +329,7 @@ def normalized(texts):
 
 
 def normalize(text):
-    """Without case, spacing and invisible characters, so that near-duplicates compare equal."""
+    """Without case, extra spaces and invisible characters, so that near-duplicates compare equal."""
     if not text.isprintable():  # nor is an emoji that Python does not know yet
         text = "".join(mark for mark in text if mark.isspace() or unicodedata.category(mark) not in ("Cc", "Cf"))
     return unicodedata.normalize("NFC", " ".join(text.lower().split()))

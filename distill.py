@@ -80,7 +80,7 @@ class Config:
     temperature: float = flag(None, "softens both distributions; by default 4, or 1 where an answer is 0", above=0)
     # Optimization
     epochs: int = flag(7, "passes over the training split", at_least=1)
-    batch_size: int = flag(128, "examples per step, over all processes; the teacher's too", at_least=1)
+    batch_size: int = flag(128, "examples per step, over all processes; --teacher_epochs' too", at_least=1)
     learning_rate: float = flag(6e-5, "peak; falls linearly to 0", above=0)
     weight_decay: float = flag(0.0, "of AdamW; not applied to biases and norms", at_least=0)
     warmup_ratio: float = flag(0.0, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
@@ -190,16 +190,18 @@ def run(args, device):
         say(f"continuing at step {training.step}")
     files = RunFiles(args, identity, training, task.student_tokenizer)
     from_rank0(lambda: files.begin(checkpoint))
+    start = time.perf_counter() - training.seconds
     with stopping_at_a_row(training):
         for row in train(args, training, splits, live_teacher):
             better = training.keep_if_best(row, args.best_by)
+            training.seconds = time.perf_counter() - start
             from_rank0(lambda: files.add(row, better))  # noqa: B023, called at once
             if training.stop:
                 fail(f"stopped by SIGTERM at step {training.step}: the same command continues there", code=143)
-    seconds["training"] = training.seconds
     training.model.load_state_dict(training.best_weights)
     # Saved again: a run that goes on elsewhere may have found the folder empty.
     from_rank0(lambda: save_model(args.output_dir, training.model, task.student_tokenizer))
+    seconds["training"] = time.perf_counter() - start
 
     # 4. The saved student is loaded again, as its users will load it, and scored.
     student = from_rank0(lambda: data.load_model(os.path.abspath(args.output_dir))[0]).to(device)
@@ -359,7 +361,7 @@ def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, exam
 
 
 def learning_rate_at(step, steps, args):
-    """Linear warm-up from 0, then linear decay to 0, as transformers has it; the first step is 0."""
+    """Linear warm-up from 0, then linear decay to 0, as transformers has it; steps count from 0."""
     warmup = math.ceil(steps * args.warmup_ratio)
     if step < warmup:
         return args.learning_rate * step / warmup
@@ -383,7 +385,7 @@ class Training:
     model: torch.nn.Module
     args: InitVar[Config]
     step: int = 0  # steps taken: with seed and rank, this determines the next batch and its dropout
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the runs before, if this one continues them
     epoch_loss: float = 0.0  # the sum of the losses of the epoch's steps so far, divided by all its steps
     best_scores: dict | None = None  # on eval
     best_weights: dict | None = None
@@ -437,7 +439,6 @@ def train(args, training, splits, live_teacher=None):
     examples, device = splits["train"], splits["train"].labels.device
     steps_per_epoch = math.ceil(len(examples.labels) / args.batch_size)
     ddp_model = on_all_ranks(training.model, examples, args)
-    start = time.perf_counter() - training.seconds
     not_finite = "the loss is not finite: lower the learning rate"
 
     for epoch in range(training.step // steps_per_epoch, args.epochs):
@@ -473,7 +474,7 @@ def train(args, training, splits, live_teacher=None):
                     row = {"step": training.step, "epoch": epoch + 1, **losses, "learning_rate": rate}
                     row["examples_per_second"] = sum(unread) / (time.perf_counter() - since)
                     training.epoch_loss += losses["loss"] * len(unread) / steps_per_epoch
-                    training.seconds, training.stop = time.perf_counter() - start, stop > 0
+                    training.stop = stop > 0
                     bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
                     if not last:
                         yield row
@@ -482,7 +483,7 @@ def train(args, training, splits, live_teacher=None):
         scores = evaluate(training.model, splits["eval"], args.precision)
         check(math.isfinite(scores["loss"]), not_finite)
         row |= {"epoch_loss": training.epoch_loss, **{f"eval_{name}": value for name, value in scores.items()}}
-        training.seconds, training.epoch_loss = time.perf_counter() - start, 0.0
+        training.epoch_loss = 0.0
         yield row
 
 
@@ -495,7 +496,7 @@ class Task:
     """Data and models that fit each other. The dictionaries' keys are roles: "train", "eval" and perhaps "test"."""
 
     class_names: list
-    teacher: torch.nn.Module | None  # None where the true labels alone teach
+    teacher: torch.nn.Module | None  # None where its answers are a column, or this run makes it
     teacher_splits: dict  # role -> Examples, with the teacher's tokens
     student: torch.nn.Module
     student_tokenizer: transformers.PreTrainedTokenizerBase
@@ -644,7 +645,7 @@ def search(args, task, device, identity):
 # ---------------------------------------------------------------------------------------------------------------------
 # Results, checkpoints and other files
 
-# Two commands that differ only in these flags do the same training.
+# In these flags a command that continues a run may differ.
 IRRELEVANT = (
     "output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "hub_model_id", "hub_private",
     "hf_token_secret", "n_trials",

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -39,8 +38,8 @@ OUTPUT = "outputs/quality"  # this and all other paths are below ROOT, where mai
 REPORT = Path("tests/quality.md")
 SENTENCES, HELD_OUT = 269_256, 20_000  # of the demo's text without labels; the last 20,000 are seen by no student
 CLASSES_DATA, SST2_DATA = f"{OUTPUT}/classes-data", f"{OUTPUT}/sst2-data"  # the second is a link to --sst2
-SST2_FILES = """train.tsv and validation.tsv are GLUE's (sentence and label; the Hub's nyu-mll/glue, sst2), test.tsv is
-  the 1,821 positive and negative test sentences of the Stanford Sentiment Treebank, whose labels GLUE hides"""
+SST2_FILES = """train.tsv and validation.tsv are GLUE's (sentence and label; the Hub's nyu-mll/glue, sst2), test.tsv
+  is the 1,821 positive and negative test sentences of the Stanford Sentiment Treebank, whose labels GLUE hides"""
 TEACHER, SST2_TEACHER, FEW_TEACHER, ALL_TEACHER = (
     f"{OUTPUT}/{name}" for name in ("teacher", "sst2-teacher", "few-teacher", "all-teacher")
 )
@@ -171,14 +170,14 @@ def write_table(args):
     held_out = f"{HELD_OUT:,} sentences of the demo's text that no student has seen"
     unseen = held_out if dataset == "demo" else "the test sentences"
     flags = {each: {**distill.DEMO, **TEACHERS[each]} for each in scores}
-    rates = " or\n  ".join(f"{flags[each]['teacher_learning_rate']} ({on_both(scores[each])})" for each in scores)
-    files_note = f"\n- {SST2_FILES}." if dataset == SST2_DATA else ""
+    rates = ";\n  ".join(f"{flags[each]['teacher_learning_rate']}, {on_both(scores[each])}" for each in scores)
+    files_note = f"\n- FOLDER: {SST2_FILES}." if dataset == SST2_DATA else ""
+    command = f"python tests/bench_quality.py --table {args.table}" + " --sst2 FOLDER" * (dataset == SST2_DATA)
     report = f"""{distill.table(lines)}
 
 - Mean ± standard deviation over seeds. One teacher for all: {100 * scores[folder]["test_accuracy"]:.2f}% right
-  on the {examples["test"]:,} test sentences, by accuracy on the {examples["eval"]:,} of eval the best of
-  {flags[folder]["teacher_epochs"]} epochs at a learning rate of
-  {rates}.
+  on the {examples["test"]:,} test sentences. It is the best by accuracy on the {examples["eval"]:,} of eval, of
+  {flags[folder]["teacher_epochs"]} epochs at each learning rate: {rates}.
 - Every row trains on the {examples["train"]:,} labeled sentences; what a row names is added without labels.
 - % of the teacher's, on test: with its 95% interval by a bootstrap over test sentences and seeds together; of one
   seed, over sentences alone.
@@ -187,7 +186,7 @@ def write_table(args):
   bootstrap, paired.
 - {date}, {results["device"]}, {args.processes} runs at a time, {results["threads"]} CPU thread(s) each,
   {results["arguments"]["precision"]}, torch {versions["torch"]}, transformers {versions["transformers"]}:
-  `{shlex.join(["python", "tests/bench_quality.py", *sys.argv[1:]])}`{files_note}
+  `{command}`{files_note}
 """
     print(report)
     bench_speed.write_section(REPORT, title, report)
@@ -388,7 +387,7 @@ def draw():
         axes.text(teacher, -1, "teacher ", ha="right", va="center", color=bench_speed.RED)
         axes.text(1.02, -1, f"{teacher:.1f}", transform=right_edge, va="center", color=bench_speed.RED)
         axes.set(ylim=(len(rows) - 0.6, -1.2), xlim=(low - 0.2, high + 0.2), yticks=[])
-        axes.set_xlabel("test accuracy %, mean ± standard deviation over seeds")
+        axes.set_xlabel("SST-2 test accuracy %, mean ± standard deviation over seeds")
         axes.spines["left"].set_visible(False)
 
 

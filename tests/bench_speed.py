@@ -239,6 +239,7 @@ def speed(args):
     report = f"""{distill.table(faster)}
 
 - {machine}, {args.examples:,} sentences in batches of {BATCH_SIZE}, {args.rounds} rounds.
+  BERT's weights are random.
 - As published: a `Trainer` that runs the teacher in its loss, in evaluation too ([trainer_way.py](trainer_way.py)), in
   {AS_PUBLISHED}. Tuned: student and teacher in {precision}, 50 batches at a time sorted by length, no optimizer in its
   checkpoints. Ours: {precision}.

@@ -739,7 +739,7 @@ def test_refuses_training_data(write_csv, rows, message):
         ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds lists"),
         ("pandas.json", '{"text": {"0":"a","1":"b"}, "label": {"0":0,"1":1}}', "column 'text' .* holds objects, not"),
         ("bodies.jsonl", '{"body":"a"}\n{"body":"b"}\n', "no column 'label', only body: use"),
-        ("several.jsonl", '{"text":"a","label":["x"]}\n{"text":"b","label":["x","y"]}\n', "several labels a text in"),
+        ("several.jsonl", '{"text":"a","label":["x"]}\n{"text":"b","label":["x","y"]}\n', "several labels per text in"),
         ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers|number to string;"),
         ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
         ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
