@@ -515,7 +515,8 @@ def check_before_start(args, device):
     data.check(not args.onnx or device.type == "cpu", "--onnx measures on the CPU: add --device cpu")
     data.check(not args.onnx or all(packages), "--onnx needs packages: pip install onnx onnxscript onnxruntime")
     data.check(not lacking, f"this {device.type} does not compute in {', '.join(lacking)}: try {', '.join(DTYPES)}")
-    data.check(os.access(folder, os.W_OK), f"cannot write {args.output}: make its folder, or choose another --output")
+    writable = os.access(folder, os.W_OK) and not os.path.isdir(args.output)
+    data.check(writable, f"cannot write the file {args.output}: make its folder, or choose another --output")
     data.check(not args.model_card or card.is_file(), f"--model_card: there is no {card} to put the tables into")
 
 

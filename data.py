@@ -141,6 +141,8 @@ def load_splits(
         table, where = read_split(dataset_id, dataset_config, name)
         text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
         check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
+        given_away = {label_column, *teacher_columns}.intersection(text_columns)
+        check(not given_away, f"--text_columns: '{min(given_away, default='')}' holds what the student is to learn")
         texts = select_texts(table, text_columns, where)
         for column in text_columns:
             row = pc.index(matches(texts, column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to be seen
@@ -183,8 +185,8 @@ def no_column(column, table, where):
     if len(table) == 1 and lists:  # as in {"version": 1, "data": [...]}
         return f"{where} is one record: if its examples are under '{lists[0]}', save that list alone"
     hint = " (a csv file's first line names its columns)" if re.search(r"\.[ct]sv\b", where.lower()) else ""
-    columns = listed(table.column_names) + hint
-    return f"{where} has no column '{column}', only {columns}: use --text_columns and --label_column, or rename it"
+    columns, todo = listed(table.column_names) + hint, "use --text_columns and --label_column (none: without labels)"
+    return f"{where} has no column '{column}', only {columns}: {todo}, or rename it"
 
 
 def find_text_columns(table, known, where):
@@ -352,7 +354,8 @@ def read_answers(table, columns, class_names, where):
     for column in columns:
         check(column in table.column_names, no_column(column, table, where))
     ends = [[name for name in class_names or [] if column.casefold().endswith(name.casefold())] for column in columns]
-    names = [max(end, key=len, default=column) for end, column in zip(ends, columns, strict=True)]  # prob_joy: joy
+    prefix = re.match(r".*[_\-. ]|", os.path.commonprefix(columns))[0]  # noqa: RUF071, prob_ of prob_joy and prob_fear
+    names = [max(end, key=len, default=its[len(prefix) :]) for end, its in zip(ends, columns, strict=True)]
     where = f"{where}, column '{','.join(columns)}'"
     cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
     answers = []
@@ -370,6 +373,8 @@ def read_answers(table, columns, class_names, where):
     if class_names is None:
         class_names = classes_of(named, None, where) if named else [str(place) for place in answers[0]]
         check(len(class_names) > 1, f"{where}: every answer is '{class_names[0]}': a classifier needs two classes")
+        few = not named or len(class_names) <= max(10, len(answers) / 2)
+        check(few, f"{where}: {len(class_names):,} different answers in {len(answers):,} rows are no class names")
     index = match_names(named, class_names) | {place: place for place in range(len(class_names))}
     known = f"the classes are {listed(class_names)}"
     fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names)
@@ -403,7 +408,7 @@ def read_answer(values, names):
         answer = {spelled(name): float(number) for name, number in cell.items() if number is not None}
     else:
         cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
-        if isinstance(cell, float):
+        if isinstance(cell, float) or re.fullmatch(r"\s*\d*\.\d*[1-9]\d*\s*", str(cell)):
             raise TypeError("a number alone is no answer")
         answer = {} if cell is None or not str(cell).strip() else {spelled(cell): 1.0}
     if not all(map(math.isfinite, answer.values())):
@@ -842,17 +847,21 @@ def keep_layers(model, count):
     config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
     check(count <= total, f"--student_layers {count}: the model has only {total} layers")
     kept = [(i + 1) * total // count - 1 for i in range(count)]
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
-    weights = model.state_dict()
+    with as_user_error(f"--student_layers {count} does not work with {config.model_type} models"):
+        config.num_hidden_layers = count
+        for name in ("layer_types", "attention_window"):  # the latter Longformer's
+            if isinstance(getattr(config, name, None), list):
+                setattr(config, name, [getattr(config, name)[i] for i in kept])
+        # As loading will build it: ModernBERT's first layer lacks a norm that the others have.
+        smaller = AutoModelForSequenceClassification.from_config(config).eval()
+    weights, encoder = model.state_dict(), None  # the encoder comes first
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == total:
+        parent = name.rpartition(".")[0]
+        # FlauBERT has lists beside each other, ALBERT none: its layers share their weights.
+        if isinstance(module, torch.nn.ModuleList) and len(module) == total and encoder in (None, parent):
+            encoder = parent
             for place, i in enumerate(kept):
                 weights |= {f"{name}.{place}.{part}": tensor for part, tensor in module[i].state_dict().items()}
-            break  # the encoder's comes first; ALBERT has none, since its layers share their weights
-    # As loading will build it: ModernBERT's first layer lacks a norm that the others have.
-    smaller = AutoModelForSequenceClassification.from_config(config).eval()
     smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
     return smaller
 

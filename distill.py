@@ -111,7 +111,7 @@ class Config:
         check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
-            flags = "--teacher_id, --teacher_epochs, --cache_teacher and --student_id teacher"
+            flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo"
             check(not given and self.student_id != "teacher", f"--teacher_column takes the place of {flags}")
             self.teacher_id = None
         if self.dataset_id == "nyu-mll/glue" and self.dataset_config is None:
@@ -513,14 +513,11 @@ class Task:
 
 def read_task(args):
     """Read data and models and check that they fit each other. Returns a Task; raises UserError."""
-    split_names = {"train": args.train_split, "eval": args.eval_split}
-    split_names |= {"test": args.test_split} if args.test_split else {}
     teacher = teacher_tokenizer = teacher_classes = None
     if args.teacher_id is not None:
         teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
         teacher_classes = data.class_names(teacher.config)
-    columns = (args.text_columns, args.label_column, args.teacher_column or (), teacher_classes)
-    splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, split_names, *columns)
+    splits, class_names = read_splits(args, teacher_classes)
     sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
@@ -1199,6 +1196,8 @@ def check_before_start(args, device, held):
     same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     check(same_machine or not args.n_trials, "--n_trials runs on one machine, whose processes share a file")
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
+    theirs = Path(args.output_dir, "README.md").exists() and not Path(args.output_dir, "metrics.jsonl").exists()
+    check(not theirs, f"{args.output_dir} has a README.md that is not a run's: choose another --output_dir")
     for source in filter(None, (args.teacher_id, args.student_id)):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")
@@ -1220,12 +1219,23 @@ def check_before_start(args, device, held):
         check_same_command(args, read(args.checkpoint), flags)
         with contextlib.redirect_stdout(io.StringIO()):
             read_student(replace(args, teacher_epochs=0), ["0", "1"])
+            splits, _ = read_splits(args)
+            if args.unlabeled_id:
+                data.load_unlabeled(splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
     if not args.hub_model_id:
         return None
     with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
         created = huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
         huggingface_hub.auth_check(created.repo_id, write=True)  # create_repo is content with any that exists
     return created.repo_id
+
+
+def read_splits(args, teacher_classes=None):
+    """The splits of --dataset_id by role, and the class names: see data.load_splits()."""
+    names = {"train": args.train_split, "eval": args.eval_split}
+    names |= {"test": args.test_split} if args.test_split else {}
+    columns = (args.text_columns, args.label_column, args.teacher_column or (), teacher_classes)
+    return data.load_splits(args.dataset_id, args.dataset_config, names, *columns)
 
 
 def read_student(args, class_names):

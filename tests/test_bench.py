@@ -630,6 +630,7 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, t
     assert "only 53 examples" in fails(*small, "--dataset_id", reviews_folder, "--lengths", "real", "--batch_sizes", 54)
     assert "README.md" in fails(*small, "--model_card", tmp_path)
     assert "cannot write" in fails(*small, "--output", tmp_path / "nowhere" / "bench.json")
+    assert "cannot write" in fails(*small, "--output", tmp_path)
     assert "fp32, bf16, fp16" in fails(*small, "--precision", "fp32,int8")
     assert "--batch_sizes" in fails(*small, "--batch_sizes", "1,x")
     monkeypatch.setattr(distill, "multiplies_bf16", lambda device: False)

@@ -547,7 +547,7 @@ def test_what_the_numbers_are(answered, capsys):
         ([*ANSWERS[:3], [1.0]], "row 4: 1 numbers; the classes are no, yes"),
         (["yes", "no", "maybe", "no"], "row 3: 'maybe' is no class; the classes are no, yes"),
         ([*NAMED[:3], {"yes": 0.5, "neither": 0.5}], "row 4: 'neither' is no class"),
-        ([0.5, 0.1, 0.7, 0.2], "row 1: '0.5' is no class"),
+        ([0.5, 0.1, 0.7, 0.2], "row 1: cannot read .*a number alone is no answer"),
         ([*ANSWERS[:2], [0.9, 0.8], [1.0, 1.0]], r"row 3: the numbers sum to 1.7; .*neither logits .* nor votes"),
         ([*ANSWERS[:2], [0.0, 0.0], ANSWERS[0]], "row 3: the numbers sum to 0"),
         ([[1, 2], [0, 3], [0, 0], [1, 0]], "row 3: the numbers sum to 0"),
@@ -576,6 +576,25 @@ def test_refuses_columns_of_answers(answered):
     assert "column 'p_yes,p_no': 1 rows have no answer, first row 3" in line("p_yes", "p_no")
     assert "row 1: 'x' is no class" in line("p_no", "x") and "each class needs a column" in line("yes", "a yes")
     assert "no column 'q'" in line("q")
+
+
+def test_columns_without_labels_are_named_without_what_they_share(answered):
+    columns = {f"prob_{name}": [row[i] for row in ANSWERS] for i, name in enumerate(("no", "yes"))}
+    expect(probabilities(answered("a.csv", columns, None), list(columns), label_column="none"))
+
+
+def test_answers_that_are_no_class_names_are_refused(tmp_path):
+    rows = {"text": ["t"] * 22, "teacher": [f"I would say {i}" for i in range(11)] + ["no"] * 11}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    line = refusal(str(tmp_path / "a.parquet"), None, TRAIN, ["text"], "none", ["teacher"])
+    assert "column 'teacher': 12 different answers in 22 rows are no class names" in line
+
+
+def test_neither_labels_nor_answers_are_text(answered):
+    path = answered("a.csv", ["no", "yes"] * 2)
+    for column in ("label", "teacher"):
+        line = refusal(path, None, TRAIN, ["text", column], teacher_columns=["teacher"])
+        assert f"--text_columns: '{column}' holds what the student is to learn" in line
 
 
 def test_parquets_missing_answers(answered):
@@ -808,8 +827,8 @@ def test_refuses_what_it_cannot_find(write_csv, tmp_path):
         ((path, None, TRAIN, None, "stars"), "no column 'stars'.*--label_column"),
     ]:
         assert re.search(message, refusal(*arguments))
-    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "a.parquet")
-    assert "holds integers, not text" in refusal(str(tmp_path / "a.parquet"), None, TRAIN, ("label",))
+    pq.write_table(pa.table({"size": [2, 3], "label": [0, 1]}), tmp_path / "a.parquet")
+    assert "holds integers, not text" in refusal(str(tmp_path / "a.parquet"), None, TRAIN, ("size",))
 
 
 def test_no_message_is_a_page_long(write_csv, tmp_path):
@@ -999,6 +1018,24 @@ def test_keep_layers(save_tiny):
     assert torch.equal(model.classifier.weight, whole.classifier.weight)
     with pytest.raises(UserError, match="--student_layers 5: the model has only 4 layers"):
         data.keep_layers(whole, 5)
+
+
+def test_keep_layers_of_models_with_lists_of_parts_or_settings():
+    sizes = {"num_hidden_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    flaubert = transformers.FlaubertConfig(n_layers=4, emb_dim=8, n_heads=2, vocab_size=20)
+    whole = transformers.AutoModelForSequenceClassification.from_config(flaubert)
+    model = data.keep_layers(whole, 2)
+    for ours, its in enumerate((1, 3)):
+        for part in ("attentions", "layer_norm1", "ffns", "layer_norm2"):
+            expected = getattr(whole.transformer, part)[its].state_dict()
+            for name, weight in getattr(model.transformer, part)[ours].state_dict().items():
+                assert torch.equal(weight, expected[name]), (part, name)
+    longformer = transformers.LongformerConfig(**sizes, vocab_size=20, attention_window=[2, 4, 6, 8])
+    model = data.keep_layers(transformers.AutoModelForSequenceClassification.from_config(longformer), 2)
+    assert model.config.attention_window == [4, 8]
+    funnel = transformers.FunnelConfig(block_sizes=[2, 2], d_model=8, n_head=2, d_head=4, d_inner=8, vocab_size=20)
+    with pytest.raises(UserError, match="--student_layers 2 does not work with funnel models: "):
+        data.keep_layers(transformers.AutoModelForSequenceClassification.from_config(funnel), 2)
 
 
 def test_a_model_to_be_trained_keeps_a_head_of_these_classes_alone(save_tiny, capsys):

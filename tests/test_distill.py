@@ -507,12 +507,14 @@ def test_a_teacher_in_a_folder_of_that_name(command, tmp_path, monkeypatch):
     assert same_weights(f"{by_path}/teacher", f"{by_name}/teacher") and same_weights(by_path, by_name)
 
 
-def test_a_wrong_student_is_told_before_its_teacher_is_trained(command, monkeypatch, capsys):
+def test_what_is_wrong_with_the_student_is_told_before_its_teacher_is_trained(command, monkeypatch, capsys):
     monkeypatch.setattr(distill, "fine_tune_teacher", None)
     for flags, message in (
         ({"student_id": "./nowhere"}, "no such folder: ./nowhere"),
         ({"student_layers": 3}, "2 layers"),
         ({"student_id": "teacher", "student_layers": 4}, "3 layers"),
+        ({"test_split": "tset"}, "no file of the split 'tset'"),
+        ({"unlabeled_id": "nofile.txt"}, "no such file or folder: nofile.txt"),
     ):
         assert message in refused(command("run", **flags, teacher_epochs=1), capsys)
 
@@ -914,6 +916,14 @@ def test_the_output_does_not_overwrite_its_input(command, capsys):
     shutil.copytree(command("run")[1], f"{folder}/teacher")
     assert "would be overwritten" in refused(command("run", teacher_id=f"{folder}/teacher", teacher_epochs=1), capsys)
     run(command("run", teacher_id=f"{folder}/teacher", epochs=1))  # writes no teacher
+
+
+def test_a_folder_with_a_readme_of_its_own_is_left_alone(command, capsys):
+    arguments = command("run")
+    os.makedirs(output_of(arguments))
+    Path(output_of(arguments), "README.md").write_text("mine")
+    assert "has a README.md that is not a run's: choose another --output_dir" in refused(arguments, capsys)
+    assert os.listdir(output_of(arguments)) == ["README.md"]
 
 
 def test_a_second_run_keeps_out_of_the_first_ones_folders(command, monkeypatch):
