@@ -50,7 +50,7 @@ class Config:
     # Data
     dataset_id: str = flag(None, "Hub id, or local folder or file; without it there is no accuracy")
     dataset_config: str = flag(None, "configuration of a Hub data set")
-    train_split: str = flag("train", "split that the class names are read from")
+    train_split: str = flag("train", "split with labels, that the class names are read from")
     eval_split: str = flag("validation", "split to score; slices such as 'test[:1000]' work")
     text_columns: list = flag(None, "one or two; by default found by their usual names")
     label_column: str = flag("label", "column of the true labels")
