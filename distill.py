@@ -170,7 +170,7 @@ def run(args, device):
     if task.teacher is not None:
         parameters["teacher"] = task.teacher.num_parameters()
         start = time.perf_counter()
-        label_with_teacher(args, task)
+        label_with_teacher(args, task, identity["digest of the teacher"])
         seconds["labeling"] = time.perf_counter() - start
         if args.uses_teacher and not args.cache_teacher:
             live_teacher = make_live_teacher(args, task)
@@ -198,9 +198,9 @@ def run(args, device):
             from_rank0(lambda: files.add(row, better))  # noqa: B023, called at once
             if training.stop:
                 fail(f"stopped by SIGTERM at step {training.step}: the same command continues there", code=143)
-    training.model.load_state_dict(training.best_weights)
-    # Saved again: a run that goes on elsewhere may have found the folder empty.
-    from_rank0(lambda: save_model(args.output_dir, training.model, task.student_tokenizer))
+    if checkpoint:  # a run that goes on elsewhere may have found the folder empty
+        training.model.load_state_dict(training.best_weights)
+        from_rank0(lambda: save_model(args.output_dir, training.model, task.student_tokenizer))
     seconds["training"] = time.perf_counter() - start
 
     # 4. The saved student is loaded again, as its users will load it, and scored.
@@ -248,13 +248,13 @@ class Examples:
         return inputs, self.labels[rows], teacher_logits
 
 
-def label_with_teacher(args, task):
+def label_with_teacher(args, task, digest_of_teacher):
     """Let the teacher label every split once: it reads teacher_splits, and student_splits keep its logits.
 
     The logits of PART examples are a file whose name is a digest of all that they depend on, up to rounding: teacher,
     tokens, precision. So a file of that name can be used as it is.
     """
-    key, folder = digest(task.teacher) + args.precision, Path(args.checkpoint_dir, "teacher_logits")
+    key, folder = digest_of_teacher + args.precision, Path(args.checkpoint_dir, "teacher_logits")
     for role, split in task.teacher_splits.items():
         if role == "train" and not (args.uses_teacher and args.cache_teacher):
             continue

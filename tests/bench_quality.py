@@ -248,7 +248,8 @@ def label_once(text, teacher):
     flags = {"teacher_epochs": 0, "teacher_id": f"{teacher}/teacher", "output_dir": OUTPUT, **text}
     args, device = distill.parse_args(words(flags)), distill.choose_device()
     args.precision = distill.choose_precision(args.precision, device)
-    distill.label_with_teacher(args, distill.read_task(args).to(device))
+    task = distill.read_task(args).to(device)
+    distill.label_with_teacher(args, task, distill.digest(task.teacher))
 
 
 def answers(folder, dataset):
