@@ -941,7 +941,7 @@ LONGEST = [
     ({"model_type": "openai-gpt", "n_positions": 64}, 64),
     ({"model_type": "bart", "max_position_embeddings": 64}, 64),  # its table has 66 rows
     ({"model_type": "t5"}, sys.maxsize),
-    ({"model_type": "xlnet", "d_head": 16}, sys.maxsize),
+    ({"model_type": "xlnet", "d_model": 32, "n_head": 2, "d_head": 16}, sys.maxsize),
 ]
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
