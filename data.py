@@ -142,7 +142,7 @@ def load_splits(
         text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
         check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
         given_away = {label_column, *teacher_columns}.intersection(text_columns)
-        check(not given_away, f"--text_columns: '{min(given_away, default='')}' holds what the student is to learn")
+        check(not given_away, f"--text_columns: {listed(given_away)} holds what the student is to learn")
         texts = select_texts(table, text_columns, where)
         for column in text_columns:
             row = pc.index(matches(texts, column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to be seen
@@ -408,7 +408,7 @@ def read_answer(values, names):
         answer = {spelled(name): float(number) for name, number in cell.items() if number is not None}
     else:
         cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
-        if isinstance(cell, float) or re.fullmatch(r"\s*\d*\.\d*[1-9]\d*\s*", str(cell)):
+        if isinstance(cell, float) or re.fullmatch(r"\s*-?\d*\.\d*[1-9]\d*\s*", str(cell)):
             raise TypeError("a number alone is no answer")
         answer = {} if cell is None or not str(cell).strip() else {spelled(cell): 1.0}
     if not all(map(math.isfinite, answer.values())):

@@ -80,7 +80,7 @@ class Config:
     temperature: float = flag(None, "softens both distributions; by default 4, or 1 where an answer is 0", above=0)
     # Optimization
     epochs: int = flag(7, "passes over the training split", at_least=1)
-    batch_size: int = flag(128, "examples per step, over all processes; --teacher_epochs' too", at_least=1)
+    batch_size: int = flag(128, "examples per step, over all processes; of --teacher_epochs too", at_least=1)
     learning_rate: float = flag(6e-5, "peak; falls linearly to 0", above=0)
     weight_decay: float = flag(0.0, "of AdamW; not applied to biases and norms", at_least=0)
     warmup_ratio: float = flag(0.0, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
@@ -385,7 +385,7 @@ class Training:
     model: torch.nn.Module
     args: InitVar[Config]
     step: int = 0  # steps taken: with seed and rank, this determines the next batch and its dropout
-    seconds: float = 0.0  # of the runs before, if this one continues them
+    seconds: float = 0.0  # so far, with the runs that this one continues
     epoch_loss: float = 0.0  # the sum of the losses of the epoch's steps so far, divided by all its steps
     best_scores: dict | None = None  # on eval
     best_weights: dict | None = None
@@ -1195,9 +1195,9 @@ def check_before_start(args, device, held):
             importlib.import_module(module)
     same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     check(same_machine or not args.n_trials, "--n_trials runs on one machine, whose processes share a file")
+    found = [name for name in ("README.md", "metrics.jsonl") if Path(args.output_dir, name).exists()]
+    check(found != ["README.md"], f"{args.output_dir} has a README.md that is not a run's: choose another --output_dir")
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
-    theirs = Path(args.output_dir, "README.md").exists() and not Path(args.output_dir, "metrics.jsonl").exists()
-    check(not theirs, f"{args.output_dir} has a README.md that is not a run's: choose another --output_dir")
     for source in filter(None, (args.teacher_id, args.student_id)):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")

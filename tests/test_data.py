@@ -594,7 +594,7 @@ def test_neither_labels_nor_answers_are_text(answered):
     path = answered("a.csv", ["no", "yes"] * 2)
     for column in ("label", "teacher"):
         line = refusal(path, None, TRAIN, ["text", column], teacher_columns=["teacher"])
-        assert f"--text_columns: '{column}' holds what the student is to learn" in line
+        assert f"--text_columns: {column} holds what the student is to learn" in line
 
 
 def test_parquets_missing_answers(answered):

@@ -1131,6 +1131,21 @@ def test_a_checkpoint_of_every_step_can_be_continued(command):
     assert same_weights(undisturbed, run(arguments))
 
 
+def test_a_run_that_goes_on_with_an_empty_folder_saves_its_best_student(command, tmp_path, capsys, monkeypatch):
+    arguments = command("run", checkpoint_dir=tmp_path / "kept")
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
+        assert "stopped here" in refused(arguments, capsys)
+    os.rename(output_of(arguments), tmp_path / "before")
+    assert same_weights(run(arguments), tmp_path / "before")
+
+
+def test_the_seconds_of_training_count_the_last_save(command, monkeypatch):
+    save = distill.save_model
+    monkeypatch.setattr(distill, "save_model", lambda *args: time.sleep(2) or save(*args))
+    assert results(run(command("run", epochs=1)))["seconds"]["training"] > 2
+
+
 def test_checkpoints_that_cannot_be_continued(command, save_tiny, capsys, monkeypatch):
     monkeypatch.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
     refused(command("run"), capsys)
