@@ -17,7 +17,6 @@ import json
 import math
 import operator
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -973,12 +972,8 @@ def on_all_ranks(model, examples, args):
     """The model as it is trained: compiled, if asked for, and with gradients averaged over the ranks."""
     ddp_model = torch.compile(model, dynamic=True) if args.compile else model
     if dist.get_world_size() > 1:
-        # DDP waits for all gradients, but some models have parameters that no classification reaches.
-        forward(model.eval(), examples.batch(torch.tensor([0]))[0]).sum().backward()
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-        model.zero_grad()
-        ddp_model = DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
+        # Static, since in some models no classification reaches all parameters: DDP would wait for their gradients.
+        ddp_model = DistributedDataParallel(ddp_model, static_graph=True, gradient_as_bucket_view=True)
         # Buffers such as BERT's are constants. Set here, since torch 2.9 and 2.13 name the flag differently.
         ddp_model.broadcast_buffers = False
     return ddp_model
@@ -1007,31 +1002,17 @@ def from_rank0(make, timeout=None):
 
 
 def broadcast(value, group):
-    """Rank 0's value on every rank. Tensors travel by themselves: pickled, each would take four times its memory."""
-    file, tensors, message = io.BytesIO(), {}, [None]
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, thing):
-            if isinstance(thing, torch.Tensor):
-                tensors[id(thing)] = thing  # once, though it may occur twice, as tied weights do
-                return id(thing)
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, key):
-            return tensors[key]
-
+    """Rank 0's value on every rank, as torch.save() writes it. (Pickled, a tensor would take four times its memory.)"""
+    file = io.BytesIO()
     if dist.get_rank() == 0:
-        Pickler(file).dump(value)
-        kinds = [(type(t) is torch.nn.Parameter, t.requires_grad, t.shape, t.dtype) for t in tensors.values()]
-        message = [(file.getvalue(), dict(zip(tensors, kinds, strict=True)))]
-    dist.broadcast_object_list(message, 0, group)
-    pickled, kinds = message[0]
-    for key, (is_parameter, requires_grad, shape, dtype) in kinds.items():
-        if dist.get_rank() != 0:
-            empty = torch.empty(shape, dtype=dtype)
-            tensors[key] = torch.nn.Parameter(empty, requires_grad) if is_parameter else empty
-        dist.broadcast(tensors[key].detach().reshape(-1).view(torch.uint8), 0, group)
-    return Unpickler(io.BytesIO(pickled)).load()
+        torch.save(value, file)
+    size = torch.tensor(file.tell())
+    dist.broadcast(size, 0, group)
+    if dist.get_rank() != 0:
+        file.write(bytes(size.item()))
+    dist.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8), 0, group)
+    file.seek(0)
+    return value if dist.get_rank() == 0 else torch.load(file, weights_only=False)
 
 
 def on_main_rank():
