@@ -180,7 +180,7 @@ def run(args, device):
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
     if args.n_trials:
-        args, trials = search(args, task, device, identity)
+        args, trials = search(args, task, identity)
         identity |= {f"best {name}": getattr(args, name) for name in SEARCHED}
         check_same_command(args, checkpoint, identity)
     training = Training(task.student, args)
@@ -192,7 +192,7 @@ def run(args, device):
     start = time.perf_counter() - training.seconds
     with stopping_at_a_row(training):
         for row in train(args, training, splits, live_teacher):
-            better = training.keep_if_best(row, args.best_by)
+            better = training.keep_if_best(eval_scores(row), args.best_by)
             training.seconds = time.perf_counter() - start
             from_rank0(lambda: files.add(row, better))  # noqa: B023, called at once
             if training.stop:
@@ -377,6 +377,11 @@ def sort_key(scores, best_by):
     return (-scores["loss"] if best_by == "loss" else scores[best_by], -scores["loss"])
 
 
+def eval_scores(row):
+    """What an epoch's last row of metrics.jsonl says of the eval split; nothing for others."""
+    return {name.removeprefix("eval_"): row[name] for name in row if name.startswith("eval_")}
+
+
 @dataclass
 class Training:
     """A model in training, and how far it has come: what a checkpoint holds."""
@@ -410,12 +415,10 @@ class Training:
             else:
                 setattr(self, name, state[name])
 
-    def keep_if_best(self, row, best_by):
-        """Whether a row has an epoch's scores, better than all before; the weights are then kept."""
-        if "eval_loss" not in row:
-            return False
-        scores = {name.removeprefix("eval_"): row[name] for name in row if name.startswith("eval_")}
-        better = self.best_scores is None or sort_key(scores, best_by) > sort_key(self.best_scores, best_by)
+    def keep_if_best(self, scores, best_by):
+        """Whether an epoch's scores are better than all before; the weights are then kept."""
+        best = self.best_scores
+        better = bool(scores) and (best is None or sort_key(scores, best_by) > sort_key(best, best_by))
         if better:
             self.best_scores = scores
             self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in self.model.state_dict().items()}
@@ -437,7 +440,7 @@ def train(args, training, splits, live_teacher=None):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     examples, device = splits["train"], splits["train"].labels.device
     steps_per_epoch = math.ceil(len(examples.labels) / args.batch_size)
-    ddp_model = on_all_ranks(training.model, examples, args)
+    ddp_model = on_all_ranks(training.model, args)
     not_finite = "the loss is not finite: lower the learning rate"
 
     for epoch in range(training.step // steps_per_epoch, args.epochs):
@@ -574,67 +577,53 @@ def suggest(trial, args):
     }
 
 
-def search(args, task, device, identity):
+def search(args, task, identity):
     """Let Optuna choose hyperparameters n_trials times; return args with the best ones, and all trials.
 
-    Each process takes its share of the trials. They share a file, with which a repeated command goes on.
+    All processes train each trial together. Rank 0's study counts, a file with which a repeated command goes on.
     """
     import optuna  # optional: check_before_start() has seen that it is there
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would print a failed trial's traceback
-    path, student, splits = Path(args.checkpoint_dir, "study.journal").resolve(), task.student, task.student_splits
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    student, splits = task.student, task.student_splits
     command = {name: value for name, value in identity.items() if name not in (*SEARCHED, "processes")}
     command |= {"temperature": args.temperature} if args.temperature <= 1 else {}  # then suggest() keeps it
+    key = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
+    path = Path(args.checkpoint_dir, f"study-{key[:16]}.pkl")
+    how = {"sampler": optuna.samplers.TPESampler(seed=args.seed), "pruner": optuna.pruners.MedianPruner()}
+    study = from_rank0(lambda: read(path)) or optuna.create_study(direction="maximize", **how)
+    done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
+    say(f"search: {done} of {args.n_trials} trials are done, in {path}")
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-
-    def open_study():
-        file = optuna.storages.journal.JournalFileBackend(str(path))
-        name = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
-        options = {"storage": optuna.storages.JournalStorage(file), "study_name": name, "load_if_exists": True}
-        return optuna.create_study(pruner=optuna.pruners.MedianPruner(), direction="maximize", **options)
-
-    def objective(trial):
-        values = suggest(trial, args)
+    for _ in range(done, args.n_trials):
+        trial, state, hopeless = study.ask(), "FAIL", False
+        values = from_rank0(lambda: suggest(trial, args))  # noqa: B023, called at once
         say(f"trial {trial.number}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
         student.load_state_dict(initial)
         its_args = replace(args, **values)
         training = Training(student, its_args)
-        for row in train(its_args, training, splits):
-            if "eval_loss" in row:
-                training.keep_if_best(row, args.best_by)
-                scores = {"loss": row["eval_loss"], args.best_by: row[f"eval_{args.best_by}"]}
-                trial.report(sort_key(scores, args.best_by)[0], row["epoch"])
-                if row["epoch"] < values["epochs"] and trial.should_prune():
-                    raise optuna.TrialPruned
-        trial.set_user_attr("loss", training.best_scores["loss"])
-        return sort_key(training.best_scores, args.best_by)[0]
-
-    def prepare():
-        if path.exists():  # Optuna would append to a line that a full disk or a kill has cut short
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        return [trial.state.name for trial in open_study().trials]
-
-    states = from_rank0(prepare)
-    done = states.count("COMPLETE") + states.count("PRUNED")
-    say(f"search: {done} of {args.n_trials} trials are done, in {path}")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # each is a group of its own
-    with errors_as_lines(), writing(path):
-        study = open_study()
-        seed = step_seed(args.seed, len(states), rank)  # never the same draws
-        study.sampler = optuna.samplers.TPESampler(seed=seed)
-        ended = [lambda study, trial: say(f"trial {trial.number}: {trial.state.name.lower()}")]
-        share = len(range(rank, args.n_trials - done, world_size))
-        study.optimize(objective, share, catch=(UserError,), callbacks=ended)  # UserError: it diverged
-    dist.destroy_process_group()
-    join(device, "again", patience=datetime.timedelta(days=30))  # the last process still trains
+        with contextlib.suppress(UserError):  # it diverged
+            for row in train(its_args, training, splits):
+                scores = eval_scores(row)
+                if scores:
+                    training.keep_if_best(scores, args.best_by)
+                    trial.report(sort_key(scores, args.best_by)[0], row["epoch"])
+                    hopeless = from_rank0(trial.should_prune) and row["epoch"] < its_args.epochs
+                if hopeless:
+                    break
+            state = "PRUNED" if hopeless else "COMPLETE"
+            trial.set_user_attr("loss", training.best_scores["loss"])
+        value = sort_key(training.best_scores, args.best_by)[0] if state == "COMPLETE" else None
+        study.tell(trial, value, state=optuna.trial.TrialState[state])
+        say(f"trial {trial.number}: {state.lower()}")
+        from_rank0(lambda: write(study, path))
     student.load_state_dict(initial)
-    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    trials = from_rank0(lambda: study.trials)
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     check(complete, "no trial has run to its end: repeat the command to run new ones")
     best = min(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"]))
     say(f"the best trial is {best.number}: {args.best_by} {best.value:.4g}")
-    rows = [{"number": t.number, "state": t.state.name, "value": t.value, **t.params} for t in study.trials]
+    rows = [{"number": t.number, "state": t.state.name, "value": t.value, **t.params} for t in trials]
     return replace(args, **best.params), rows
 
 
@@ -894,7 +883,7 @@ def read(path):
     with as_user_error(f"{path} is damaged, delete it to start over"):
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=path.suffix == ".pt")
 
 
 def save_model(folder, model, tokenizer):
@@ -935,7 +924,16 @@ def errors_as_lines(interrupted="the same command continues from the last checkp
 def process_group(device):
     """Form the group of torchrun's processes, or of this one alone."""
     with as_user_error("the processes cannot form a group, start them by torchrun"):
-        store = join(device, "start")  # noqa: F841, kept since without torchrun rank 0's is the one that all meet in
+        if "RANK" in os.environ:
+            # By default gloo takes the interface of the host's name, which in a cluster may lead to this machine alone.
+            interface = os.environ.get("SM_NETWORK_INTERFACE_NAME") or os.environ.get("NCCL_SOCKET_IFNAME")
+            if interface in dict(map(reversed, socket.if_nameindex())):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        else:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     except Exception as error:
@@ -948,27 +946,7 @@ def process_group(device):
         dist.destroy_process_group()
 
 
-def join(device, name, patience=datetime.timedelta(minutes=30)):
-    """Form the group of torchrun's processes, or of this one alone. Returns the store in which they have met."""
-    if "RANK" in os.environ:
-        # By default gloo takes the interface of the host's name, which in a cluster may lead to this machine alone.
-        interface = os.environ.get("SM_NETWORK_INTERFACE_NAME") or os.environ.get("NCCL_SOCKET_IFNAME")
-        if interface in dict(map(reversed, socket.if_nameindex())):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        store, rank, world_size = next(dist.rendezvous("env://"))
-    else:
-        os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
-        store, rank, world_size = dist.HashStore(), 0, 1
-    store = dist.PrefixStore(name, store)
-    store.set(f"{rank}", "")
-    store.wait([f"{other}" for other in range(world_size)], patience)
-    # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and "RANK" in os.environ else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return store
-
-
-def on_all_ranks(model, examples, args):
+def on_all_ranks(model, args):
     """The model as it is trained: compiled, if asked for, and with gradients averaged over the ranks."""
     ddp_model = torch.compile(model, dynamic=True) if args.compile else model
     if dist.get_world_size() > 1:
@@ -1016,7 +994,7 @@ def broadcast(value, group):
 
 
 def on_main_rank():
-    """Whether this is the process of its group that prints and writes."""
+    """Whether this is the process that prints and writes."""
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
@@ -1036,8 +1014,7 @@ def fail(message, code=2):
 
 def progress_bar(total, title):
     """The first process's bar on a terminal; elsewhere, as in a job's log, a line a minute."""
-    options = {"total": total, "desc": title, "unit": " examples", "leave": False}
-    options["disable"] = os.environ.get("RANK", "0") != "0"  # in a search each is rank 0 of its group
+    options = {"total": total, "desc": title, "unit": " examples", "leave": False, "disable": not on_main_rank()}
     if not sys.stderr.isatty():
         line = "{desc}: {n:,} of {total:,} examples{postfix}, {rate_fmt}"
         options |= {"file": Lines(), "bar_format": line, **dict.fromkeys(("delay", "mininterval", "maxinterval"), 60)}
@@ -1174,8 +1151,6 @@ def check_before_start(args, device, held):
     for module in filter(needed.get, needed):
         with as_user_error(f"these flags need a package, pip install {module}"):
             importlib.import_module(module)
-    same_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    check(same_machine or not args.n_trials, "--n_trials runs on one machine, whose processes share a file")
     found = [name for name in ("README.md", "metrics.jsonl") if Path(args.output_dir, name).exists()]
     check(found != ["README.md"], f"{args.output_dir} has a README.md that is not a run's: choose another --output_dir")
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]

@@ -85,7 +85,6 @@ def hyperparameters_of(config, args):
     no_folders = given.keys().isdisjoint(["output_dir", "checkpoint_dir"])
     check(no_folders, "SageMaker sets --output_dir and --checkpoint_dir: leave them out, and see --output")
     check(config.hf_token_secret or not config.hub_model_id, "in a job, --hub_model_id needs --hf_token_secret")
-    check(args.instance_count == 1 or not config.n_trials, "--n_trials needs one machine: leave out --instance_count")
     for name, value in given.items():
         arrives = value  # in the job, where the SDK's drivers decode it as JSON, twice
         with contextlib.suppress(TypeError, ValueError):  # for numbers, and for text that is not JSON
