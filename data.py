@@ -152,8 +152,9 @@ def load_splits(
             names, places = read_labels(table, label_column, where)
         if role == "train" and names:
             check(len(set(names)) > 1, f"every label in {where} is '{names[0]}': a classifier needs two classes")
-            class_names = classes_of(names, table.features[label_column], where)
-            known = {name: i for i, name in enumerate(class_names) if name in names}
+            own = classes_of(names, table.features[label_column], where)
+            class_names, order = adopt_classes(teacher_classes, own) if teacher_classes else (own, range(len(own)))
+            known = {name: i for name, i in zip(own, order, strict=True) if name in names}
         answers, class_names = read_answers(table, teacher_columns, class_names, where)
         # Where the classes are the teacher's, the labels may be spelled otherwise.
         index = known or {name: i for i, name in enumerate(class_names)} | match_names(set(names), class_names)
@@ -738,8 +739,8 @@ def prediction_batches(lengths, tokens_per_batch):
 def load_model(model_id, classes=None, seed=0):
     """Load a classifier and its tokenizer: a Hub id, a local folder, or the word "demo".
 
-    With classes, names in the order of the labels, it is to be trained on them: a head for any others, or for these
-    in another order, is replaced by a new one. Without, it is a finished model and keeps its own.
+    With classes, names in the order of the labels, it is to be trained on them: a head for another number of classes
+    is replaced by a new one. Without, it is a finished model and keeps its own.
 
     Returns (model, tokenizer), the model on the CPU, in float32 and eval mode. Raises UserError.
     """
@@ -748,7 +749,6 @@ def load_model(model_id, classes=None, seed=0):
     check(here or not folder.startswith((".", "/")), f"no such folder: {model_id}; give a Hub id or an output_dir")
     try:
         config = load_config(folder)
-        own = config.id2label
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -773,15 +773,6 @@ def load_model(model_id, classes=None, seed=0):
             reason, hint = "it needs code of its own, which this does not run", ""
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
-    if classes:
-        order = match_classes([str(own.get(output)) for output in range(len(own))], classes)
-        crossed = len(own) == len(classes) and order != list(range(len(classes)))
-        if crossed or report["mismatched_keys"]:
-            print(f"{model_id} has other classes, or these in another order ({listed(own.values())}): its head is new")
-        if crossed:
-            encoder = model.base_model.state_dict()
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-            model.base_model.load_state_dict(encoder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
     accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
@@ -873,31 +864,23 @@ def class_names(config):
     return names
 
 
-def adopt_classes(teacher, data_names, splits):
-    """Bring the labels into the order of a finished teacher's outputs. Returns the class names."""
-    names = class_names(teacher.config)
-    order = match_classes(names, data_names)
-    theirs, ours = listed(names), listed(data_names)
+def adopt_classes(teacher_names, names):
+    """The data's class names in the order of a teacher's outputs, and the output for each of `names`."""
+    order = match_classes(teacher_names, names)
     todo = "rename the labels, or fine-tune the teacher with --teacher_epochs"
-    check(order is not None, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}")
-    for split in splits.values():
-        split.labels = torch.tensor(order)[split.labels]
-    if sorted(order) == order and theirs.casefold() != ours.casefold():
-        print(f"assumed to be in the same order: the teacher's classes ({theirs}) and the data set's ({ours})")
-    numbered = [name.removeprefix("LABEL_") for name in data_names] == [str(i) for i in range(len(names))]
-    return names if numbered else [data_names[order.index(output)] for output in range(len(order))]
+    theirs, ours = listed(teacher_names), listed(names)
+    check(order, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}")
+    numbered = [name.removeprefix("LABEL_") for name in names] == [str(i) for i in range(len(names))]
+    return (teacher_names if numbered else [names[order.index(output)] for output in range(len(order))]), order
 
 
 def match_classes(model_names, class_names):
-    """The model's output for each of the data's classes, by name, or by order if one side has none; None if neither."""
-    for spelling in (str, normalize):  # first exactly, then with "POSITIVE" the same as "positive"
-        ours, theirs = list(map(spelling, class_names)), list(map(spelling, model_names))
-        if sorted(ours) == sorted(theirs):
-            return [theirs.index(name) for name in ours]
-    outputs = list(range(len(class_names)))
-    unnamed = [str(i) for i in outputs], [f"LABEL_{i}" for i in outputs]  # the latter by transformers
-    by_order = model_names in unnamed or (class_names in unnamed and len(model_names) == len(class_names))
-    return outputs if by_order else None
+    """The model's output for each of the data's classes, by match_names() of one in the other; None if neither does."""
+    index = match_names(class_names, model_names)
+    if len(index) < len(class_names):
+        index = {class_names[i]: model_names.index(name) for name, i in match_names(model_names, class_names).items()}
+    order = [index.get(name, -1) for name in class_names]
+    return order if sorted(order) == list(range(len(model_names))) else None
 
 
 def same_tokenizer(first, second):

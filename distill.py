@@ -524,8 +524,6 @@ def read_task(args):
     columns = " and ".join(splits["train"].texts.column_names)
     say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
 
-    if teacher_classes and class_names != teacher_classes:
-        class_names = data.adopt_classes(teacher, class_names, splits)
     student, student_tokenizer = read_student(args, class_names)
     teacher_tokenizer = teacher_tokenizer or student_tokenizer
 

@@ -346,7 +346,7 @@ def flip_head(folder):
 
 def test_generic_class_names_are_said_and_others_refused(command, save_tiny, capsys):
     run(command("generic", teacher_id=save_tiny("t1", classes=("LABEL_0", "LABEL_1")), epochs=1))
-    said = "assumed to be in the same order: the teacher's classes (LABEL_0, LABEL_1) and the data set's"
+    said = "assumed to be in the same order: LABEL_0, LABEL_1 and the classes negative, positive"
     assert said in capsys.readouterr().out
     line = refused(command("other", teacher_id=save_tiny("t2", classes=("sport", "arts"))), capsys)
     assert "(sport, arts)" in line and "(negative, positive)" in line
