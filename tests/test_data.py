@@ -1111,7 +1111,6 @@ def test_a_saved_tokenizer_neither_pads_nor_cuts(tmp_path, save_tiny):
     source = transformers.AutoTokenizer.from_pretrained(data.demo_model())
     assert source.backend_tokenizer.padding["length"] == source.backend_tokenizer.truncation["max_length"] == 128
     _, loaded = data.load_model(save_tiny("model", tokenizer=source))
-    assert data.same_tokenizer(source, loaded)
     used = transformers.PreTrainedTokenizerFast(tokenizer_object=source.backend_tokenizer, pad_token="[PAD]")
     data.tokenize(used, tiny_split(["a b c"]), 3)
     for tokenizer, name in ((loaded, "BertTokenizer"), (used, "PreTrainedTokenizerFast")):
@@ -1242,16 +1241,6 @@ def test_names_are_matched_all_by_spelling_or_all_by_number():
     shifted = [f"LABEL_{i}" for i in (1, 2, 3)]  # where LABEL_0 by number would be LABEL_1's class by name
     assert data.match_names(["LABEL_0", *shifted], shifted) == {"LABEL_1": 0, "LABEL_2": 1, "LABEL_3": 2}
     assert data.match_names(["0", "YES"], ["no", "yes"]) == {"YES": 1}
-
-
-def test_same_tokenizer():
-    tokenizer, same = (transformers.BertTokenizer.from_pretrained(data.demo_model()) for _ in range(2))  # not used yet
-    cased = transformers.BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
-    assert data.same_tokenizer(tokenizer, same) and not data.same_tokenizer(tokenizer, cased)
-    same.model_input_names = ["input_ids", "attention_mask"]  # as for DistilBERT: without token types
-    assert not data.same_tokenizer(tokenizer, same)
-    characters = transformers.ByT5Tokenizer()  # written in Python alone
-    assert data.same_tokenizer(characters, characters) and not data.same_tokenizer(characters, tokenizer)
 
 
 # --- tokens and batches ----------------------------------------------------------------------------------------------

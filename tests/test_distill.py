@@ -420,14 +420,13 @@ def test_alpha_1_asks_the_teacher_for_no_training_label(command, labeled):
     assert results(folder)["student"]["eval_agreement"] > 0
 
 
-def test_a_cased_student_gets_its_own_tokens(command, save_tiny, tokenizer, write_csv, reviews, capsys):
+def test_a_cased_student_gets_its_own_tokens(command, save_tiny, tokenizer, write_csv, reviews):
     titles = [(text.title(), ("negative", "positive")[label]) for text, label in reviews[:154]]
     write_csv("reviews/train.csv", titles[:101])
     write_csv("reviews/validation.csv", titles[101:])
     cased = transformers.BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
     student = save_tiny("cased", tokenizer=cased)
     cached = run(command("cached", student_id=student))
-    assert "teacher and student have different tokenizers" in capsys.readouterr().out
     live = run(command("live", student_id=student, cache_teacher="false"))
     assert nearly_same_weights(cached, live)
 
