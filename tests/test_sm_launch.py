@@ -338,7 +338,6 @@ def refusal(capsys, monkeypatch):
         ("-- --dataset_id ./reviews.csv", "--train_data"),
         ("-- --unlabeled_id here.csv", "--train_data"),
         ("-- --teacher_id /opt/ml/input/data/training/teacher", "--train_data"),
-        ("--instance_count 2 -- --n_trials 50", "one machine"),
         ("-- --label_column 1.10", "rename it"),
         ("-- --hub_model_id me/it", "--hf_token_secret"),
     ],
