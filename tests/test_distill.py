@@ -1615,7 +1615,8 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(command, ranks):
     assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3
     assert trials == trials_of(output_of(undisturbed)) and len({trial["learning_rate"] for trial in trials}) == 3
     assert same_weights(output_of(undisturbed), output_of(arguments))
-    alone = command("alone", **its_flags(best_of(trials)), log_steps=3)
+    found = {name: results(output_of(arguments))["arguments"][name] for name in distill.SEARCHED}
+    alone = command("alone", **found, log_steps=3)
     assert start(alone, ranks=ranks).codes == [0] * one
     assert same_weights(output_of(arguments), output_of(alone)) and results(output_of(alone))["processes"] == one
 
