@@ -337,6 +337,29 @@ def evaluate(model, examples, precision):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
+def autocast(device, precision):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+# These accept a ready 4-D mask.
+PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+
+def forward(model, inputs):
+    """The model's logits [B, C] for the inputs that Tokens.batch returns; without padding there is no mask.
+
+    A 2-D mask would be read back by transformers, which looks for padding: the host would wait in every step.
+    """
+    mask = inputs.get("attention_mask")  # [B, L] bool, True at tokens
+    if mask is not None:
+        config = getattr(model, "module", model).config  # DDP wraps the model
+        plain = config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa"
+        mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1) if plain else mask.long()
+        inputs = {**inputs, "attention_mask": mask}
+    return model(**inputs).logits
+
+
 def training_step(model, optimizer, scaler, inputs, labels, teacher_logits, example_count, args):
     """Take one optimizer step. inputs, labels and teacher_logits are this rank's part of a batch of example_count.
 
@@ -1056,29 +1079,6 @@ def seed_dropout(seed, device):
     torch.default_generator.manual_seed(seed)  # on a GPU too: some models choose layers to drop by it
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def autocast(device, precision):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
-
-
-# These accept a ready 4-D mask.
-PLAIN_ENCODERS = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
-
-
-def forward(model, inputs):
-    """The model's logits [B, C] for the inputs that Tokens.batch returns; without padding there is no mask.
-
-    A 2-D mask would be read back by transformers, which looks for padding: the host would wait in every step.
-    """
-    mask = inputs.get("attention_mask")  # [B, L] bool, True at tokens
-    if mask is not None:
-        config = getattr(model, "module", model).config  # DDP wraps the model
-        plain = config.model_type in PLAIN_ENCODERS and config._attn_implementation == "sdpa"
-        mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1) if plain else mask.long()
-        inputs = {**inputs, "attention_mask": mask}
-    return model(**inputs).logits
 
 
 def quiet_libraries():
