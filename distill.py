@@ -539,19 +539,7 @@ def read_task(args):
         teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
         teacher_classes = data.class_names(teacher.config)
     splits, class_names = read_splits(args, teacher_classes)
-    sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
-    columns = " and ".join(splits["train"].texts.column_names)
-    say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
-
     student, student_tokenizer = read_student(args, class_names)
-
-    if args.unlabeled_id:
-        where = (args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
-        more, left_out = data.load_unlabeled(splits, *where, args.teacher_column or (), class_names)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        say(f"unlabeled: {len(more):,} examples; left out: {reasons}")
-        splits["train"] += more  # from here on there is one training split, part of it without labels
-
     smallest = len(splits["train"]) // math.ceil(len(splits["train"]) / args.batch_size)  # of the batches
     processes = dist.get_world_size()
     check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
@@ -568,6 +556,33 @@ def read_task(args):
         say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
     examples = {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
     return Task(class_names, examples, student, student_tokenizer, teacher, teacher_tokens)
+
+
+def read_splits(args, teacher_classes=None):
+    """The splits by role and the class names: see data.load_splits(). Unlabeled text joins the training split."""
+    names = {"train": args.train_split, "eval": args.eval_split}
+    names |= {"test": args.test_split} if args.test_split else {}
+    answers = args.teacher_column or ()
+    columns = (args.text_columns, args.label_column, answers, teacher_classes)
+    splits, class_names = data.load_splits(args.dataset_id, args.dataset_config, names, *columns)
+    sizes = ", ".join(f"{len(split):,} {role}" for role, split in splits.items())
+    columns = " and ".join(splits["train"].texts.column_names)
+    say(f"data: {sizes} examples of {columns}; classes: {data.listed(class_names)}")
+    if args.unlabeled_id:
+        where = (args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
+        more, left_out = data.load_unlabeled(splits, *where, answers, class_names)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        say(f"unlabeled: {len(more):,} examples; left out: {reasons}")
+        splits["train"] += more
+    return splits, class_names
+
+
+def read_student(args, class_names):
+    """The student before training, and its tokenizer."""
+    from_teacher = args.student_id == "teacher" and args.has_teacher
+    student_id = args.finished_teacher if from_teacher else args.student_id
+    student, tokenizer = data.load_model(student_id, class_names, args.seed)
+    return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
 
 
 # =====================================================================================================================
@@ -1161,31 +1176,13 @@ def check_before_start(args, device, held):
         check_same_command(args, read(args.checkpoint), flags)
         with contextlib.redirect_stdout(io.StringIO()):
             read_student(replace(args, teacher_epochs=0), ["0", "1"])
-            splits, _ = read_splits(args)
-            if args.unlabeled_id:
-                data.load_unlabeled(splits, args.unlabeled_id, args.unlabeled_config, args.unlabeled_split)
+            read_splits(args)
     if not args.hub_model_id:
         return None
     with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
         created = huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
         huggingface_hub.auth_check(created.repo_id, write=True)  # create_repo is content with any that exists
     return created.repo_id
-
-
-def read_splits(args, teacher_classes=None):
-    """The splits of --dataset_id by role, and the class names: see data.load_splits()."""
-    names = {"train": args.train_split, "eval": args.eval_split}
-    names |= {"test": args.test_split} if args.test_split else {}
-    columns = (args.text_columns, args.label_column, args.teacher_column or (), teacher_classes)
-    return data.load_splits(args.dataset_id, args.dataset_config, names, *columns)
-
-
-def read_student(args, class_names):
-    """The student before training, and its tokenizer."""
-    from_teacher = args.student_id == "teacher" and args.has_teacher
-    student_id = args.finished_teacher if from_teacher else args.student_id
-    student, tokenizer = data.load_model(student_id, class_names, args.seed)
-    return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
 
 
 def settle(args, splits):
