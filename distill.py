@@ -444,12 +444,19 @@ class Training:
         return better
 
 
+class Diverged(UserError):
+    """A training ends, but a search goes on with its next trial."""
+
+    def __init__(self):
+        super().__init__("the loss is not finite: lower the learning rate")
+
+
 def train(args, training, splits, live_teacher=None):
     """Train to the last epoch, on every rank. Yields the rows of metrics.jsonl.
 
     Every log_steps steps a row has the mean losses since the one before, and an epoch's last row also its scores on
     eval. At a row no loss is unread and all ranks stand at the same step: here the caller may save, report, or stop.
-    Raises UserError if the loss is not finite.
+    Raises Diverged if the loss is not finite.
 
     Args:
         training: where to begin, and what is trained.
@@ -460,7 +467,6 @@ def train(args, training, splits, live_teacher=None):
     examples, device = splits["train"], splits["train"].labels.device
     steps_per_epoch = math.ceil(len(examples.labels) / args.batch_size)
     ddp_model = on_all_ranks(training.model, args)
-    not_finite = "the loss is not finite: lower the learning rate"
 
     for epoch in range(training.step // steps_per_epoch, args.epochs):
         batches = data.training_batches(examples.tokens.lengths, args.batch_size, args.seed, epoch)
@@ -491,7 +497,8 @@ def train(args, training, splits, live_teacher=None):
                     dist.all_reduce(sums)
                     *losses, stop = sums.tolist()  # the host waits for the device
                     losses = {name: loss / len(unread) for name, loss in zip(parts, losses, strict=True)}
-                    check(math.isfinite(losses["loss"]), not_finite)
+                    if not math.isfinite(losses["loss"]):
+                        raise Diverged
                     row = {"step": training.step, "epoch": epoch + 1, **losses, "learning_rate": rate}
                     row["examples_per_second"] = sum(unread) / (time.perf_counter() - since)
                     training.epoch_loss += losses["loss"] * len(unread) / steps_per_epoch
@@ -502,7 +509,8 @@ def train(args, training, splits, live_teacher=None):
                     sums, unread, since = torch.zeros((), device=device), [], time.perf_counter()
 
         scores = evaluate(training.model, splits["eval"], args.precision)
-        check(math.isfinite(scores["loss"]), not_finite)
+        if not math.isfinite(scores["loss"]):
+            raise Diverged
         row |= {"epoch_loss": training.epoch_loss, **{f"eval_{name}": value for name, value in scores.items()}}
         training.epoch_loss = 0.0
         yield row
@@ -594,64 +602,78 @@ def read_student(args, class_names):
 SEARCHED = ("epochs", "learning_rate", "alpha", "temperature")
 
 
-def suggest(trial, args):
-    """The published search space; but a temperature of 1 stays, since answers of 0 are not softened."""
-    return {
-        "epochs": trial.suggest_int("epochs", 2, 10),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
-        "alpha": trial.suggest_float("alpha", 0, 1),
-        "temperature": trial.suggest_float("temperature", 2, 30) if args.temperature > 1 else args.temperature,
-    }
-
-
 def search(args, task, identity):
     """Let Optuna choose hyperparameters n_trials times; return args with the best ones, and all trials.
 
-    All processes train each trial together. Rank 0's study counts, a file with which a repeated command goes on.
+    All processes train each trial together. A trial is a line of trials.jsonl, from which the study is rebuilt before
+    the next one; seed and number of a trial seed its sampler. So a killed search makes the trials of an unbroken one.
     """
     import optuna  # optional: check_before_start() has seen that it is there
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    student, splits = task.student, task.splits
+    student, splits, space = task.student, task.splits, search_space(args)
     command = {name: value for name, value in identity.items() if name not in (*SEARCHED, "processes")}
-    command |= {"temperature": args.temperature} if args.temperature <= 1 else {}  # then suggest() keeps it
-    key = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
-    path = Path(args.checkpoint_dir, f"study-{key[:16]}.pkl")
-    how = {"sampler": optuna.samplers.TPESampler(seed=args.seed), "pruner": optuna.pruners.MedianPruner()}
-    study = from_rank0(lambda: read(path)) or optuna.create_study(direction="maximize", **how)
-    done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
-    say(f"search: {done} of {args.n_trials} trials are done, in {path}")
+    key = digest(json.dumps([command, sorted(space)]), *[split.teacher_logits for split in splits.values()])
+    path = Path(args.checkpoint_dir, "trials.jsonl")
+    lines = from_rank0(lambda: read(path)) or []
+    trials = [line for line in lines if line["search"] == key]  # and not of another command in the same folder
+    say(f"search: {len(trials)} of {args.n_trials} trials are done, in {path}")
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    for _ in range(done, args.n_trials):
-        trial, state, hopeless = study.ask(), "FAIL", False
-        values = from_rank0(lambda: suggest(trial, args))  # noqa: B023, called at once
-        say(f"trial {trial.number}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+    for number in range(len(trials), args.n_trials):
+        trial = rebuild_study(trials, space, args.seed).ask(space)
+        values, state, intermediate, hopeless = from_rank0(lambda: trial.params), "FAIL", [], False  # noqa: B023
+        say(f"trial {number}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         student.load_state_dict(initial)
         its_args = replace(args, **values)
         training = Training(student, its_args)
-        with contextlib.suppress(UserError):  # it diverged
+        with contextlib.suppress(Diverged):
             for row in train(its_args, training, splits):
                 scores = eval_scores(row)
                 if scores:
                     training.keep_if_best(scores, args.best_by)
-                    trial.report(sort_key(scores, args.best_by)[0], row["epoch"])
-                    hopeless = from_rank0(trial.should_prune) and row["epoch"] < its_args.epochs
+                    intermediate.append(sort_key(scores, args.best_by)[0])
+                    trial.report(intermediate[-1], row["epoch"])
+                    hopeless = row["epoch"] < its_args.epochs and from_rank0(trial.should_prune)
                 if hopeless:
                     break
             state = "PRUNED" if hopeless else "COMPLETE"
-            trial.set_user_attr("loss", training.best_scores["loss"])
+        say(f"trial {number}: {state.lower()}")
         value = sort_key(training.best_scores, args.best_by)[0] if state == "COMPLETE" else None
-        study.tell(trial, value, state=optuna.trial.TrialState[state])
-        say(f"trial {trial.number}: {state.lower()}")
-        from_rank0(lambda: write(study, path))
+        loss = training.best_scores and training.best_scores["loss"]
+        outcome = {"value": value, "loss": loss, "intermediate_values": intermediate}
+        trials.append({"search": key, "number": number, "state": state, **values, **outcome})
+        lines.append(trials[-1])
+        from_rank0(lambda: write("".join(f"{json.dumps(line)}\n" for line in lines), path))
     student.load_state_dict(initial)
-    trials = from_rank0(lambda: study.trials)
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    check(complete, "no trial has run to its end: repeat the command to run new ones")
-    best = min(complete, key=lambda trial: (-trial.value, trial.user_attrs["loss"]))
-    say(f"the best trial is {best.number}: {args.best_by} {best.value:.4g}")
-    rows = [{"number": t.number, "state": t.state.name, "value": t.value, **t.params} for t in trials]
-    return replace(args, **best.params), rows
+    complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
+    check(complete, "no trial has run to its end: raise --n_trials for new ones")
+    best = max(complete, key=lambda trial: (trial["value"], -trial["loss"]))
+    say(f"the best trial is {best['number']}: {args.best_by} {best['value']:.4g}")
+    return replace(args, **{name: best[name] for name in space}), trials
+
+
+def search_space(args):
+    """The published one; but a temperature of 1 stays, since answers of 0 are not softened."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    rate, alpha = FloatDistribution(1e-5, 1e-3, log=True), FloatDistribution(0, 1)
+    space = {"epochs": IntDistribution(2, 10), "learning_rate": rate, "alpha": alpha}
+    return space | ({"temperature": FloatDistribution(2, 30)} if args.temperature > 1 else {})
+
+
+def rebuild_study(trials, space, seed):
+    """Optuna's study of the trials so far."""
+    import optuna
+
+    sampler = optuna.samplers.TPESampler(seed=step_seed(seed, len(trials), 0))
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner())
+    for trial in trials:
+        its = {"state": optuna.trial.TrialState[trial["state"]], "value": trial["value"]}
+        its |= {"params": {name: trial[name] for name in space}, "distributions": space}
+        study.add_trial(
+            optuna.trial.create_trial(**its, intermediate_values=dict(enumerate(trial["intermediate_values"], 1)))
+        )
+    return study
 
 
 # --- Results, checkpoints and other files ----------------------------------------------------------------------------
@@ -909,7 +931,9 @@ def read(path):
     with as_user_error(f"{path} is damaged, delete it to start over"):
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
-        return torch.load(path, map_location="cpu", weights_only=path.suffix == ".pt")
+        if path.suffix == ".jsonl":  # the last line may have been cut short
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_model(folder, model, tokenizer):

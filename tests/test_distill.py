@@ -1533,21 +1533,21 @@ def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch,
     assert "search: 7 of 8 trials are done" in capsys.readouterr().out
     assert longer[:7] == trials and len(longer) == 8
     assert longer[7]["learning_rate"] not in {trial["learning_rate"] for trial in trials}
-    monkeypatch.setattr(distill, "suggest", None)
+    monkeypatch.setattr(distill, "rebuild_study", None)
     assert trials_of(run(command("search", n_trials=8))) == longer
     assert "search: 8 of 8 trials are done" in capsys.readouterr().out
 
 
 def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
     """Each trial is worse than the one before it: the sixth has five others to be compared with."""
-    suggest, numbers = distill.suggest, []
-    monkeypatch.setattr(distill, "suggest", lambda trial, args: numbers.append(trial.number) or suggest(trial, args))
+    rebuild_study, trials = distill.rebuild_study, []
+    monkeypatch.setattr(distill, "rebuild_study", lambda its, *more: trials.append(its) or rebuild_study(its, *more))
     parts = dict.fromkeys(("loss", "hard_loss", "soft_loss"), torch.zeros(()))
     monkeypatch.setattr(distill, "training_step", lambda *args: parts)
     monkeypatch.setattr(
         distill,
         "evaluate",
-        lambda *args: {"accuracy": 0.9 - 0.1 * numbers[-1], "macro_f1": 0.5, "loss": 1.0, "agreement": 0.5},
+        lambda *args: {"accuracy": 0.9 - 0.1 * len(trials[-1]), "macro_f1": 0.5, "loss": 1.0, "agreement": 0.5},
     )
     folder = run(command("run", n_trials=6))
     trials = trials_of(folder)
@@ -1556,39 +1556,46 @@ def test_a_trial_below_the_median_is_stopped(command, monkeypatch, capsys):
     assert results(folder)["arguments"]["epochs"] == trials[0]["epochs"]
 
 
-def test_failed_trials_are_told_and_made_up_for(command, monkeypatch, capsys):
-    suggest = distill.suggest
+def test_a_trial_that_diverges_is_told_and_the_search_goes_on(command, monkeypatch, capsys):
+    train, failing = distill.train, [True, False, False]
 
-    def diverging(trial, args):
-        return suggest(trial, args) | ({"learning_rate": 1e30} if trial.number in failing else {})
+    def diverging(*args):
+        if failing.pop(0):
+            raise distill.Diverged
+        return train(*args)
 
-    monkeypatch.setattr(distill, "suggest", diverging)
-    failing = {0}
+    monkeypatch.setattr(distill, "train", diverging)
     folder = run(command("some", n_trials=2))
     said = capsys.readouterr()
     assert "trial 0: fail" in said.out and said.err == ""
     assert [trial["state"] for trial in trials_of(folder)] == ["FAIL", "COMPLETE"]
-    run(command("some", n_trials=2))
-    assert [trial["state"] for trial in trials_of(folder)] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert "NaN" not in Path(folder, "results.json").read_text()  # which is not JSON
-    failing = range(100)
+    failing = [False] * 3
+    trials = trials_of(run(command("some", n_trials=3)))
+    assert [trial["state"] for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert len({trial["learning_rate"] for trial in trials}) == 3
+    failing = [True] * 2
     assert "no trial has run to its end" in refused(command("all", n_trials=2), capsys)
 
 
 def test_a_search_on_a_full_disk(command, monkeypatch, capsys):
-    suggest = distill.suggest
-    arguments = command("run", n_trials=1)
+    rebuild_study, arguments = distill.rebuild_study, command("run", n_trials=1)
     with contextlib.ExitStack() as limit, monkeypatch.context() as patched:
-        patched.setattr(distill, "suggest", lambda *its: limit.enter_context(file_size_limit(10)) or suggest(*its))
+        full = lambda *its: limit.enter_context(file_size_limit(10)) or rebuild_study(*its)  # noqa: E731
+        patched.setattr(distill, "rebuild_study", full)
         line = refused(arguments, capsys)
-    assert re.search(rf"cannot write {output_of(arguments)}/study-\w+.pkl, fix .*: File too large\n", line)
+    assert f"cannot write {output_of(arguments)}/trials.jsonl, fix " in line and ": File too large\n" in line
     assert trials_of(run(arguments))[-1]["state"] == "COMPLETE"
 
 
-def finished_trials(arguments):
-    """Those in the study that a killed command left."""
-    [path] = Path(output_of(arguments)).glob("study-*.pkl")
-    return {trial.number: trial.params for trial in distill.read(path).trials}
+def test_a_trial_whose_line_was_cut_short_is_made_again(command, capsys):
+    trials = trials_of(run(command("search", n_trials=3, epochs=1)))
+    path = Path(output_of(command("search")), "trials.jsonl")
+    path.write_text(path.read_text()[:-9])
+    capsys.readouterr()
+    assert trials_of(run(command("search", n_trials=3, epochs=1))) == trials
+    assert "search: 2 of 3 trials are done" in capsys.readouterr().out
+    assert [json.loads(line) for line in path.read_text().splitlines()] == trials
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
@@ -1604,7 +1611,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(command, ranks):
         arguments, f'{DIE}if os.environ.get("RANK", "1") == "1":\n    at_call("train", distill, 3)', ranks=ranks
     )
     assert -signal.SIGKILL in killed.codes
-    assert len(finished_trials(arguments)) == 2
+    assert len(distill.read(Path(output_of(arguments), "trials.jsonl"))) == 2
     # Then once more, while the best hyperparameters are trained again.
     again = 'at_call("write", distill, 4, counts=lambda _, path: of_student(path))'
     killed = start(arguments, DIE + again, ranks=ranks)
@@ -1622,12 +1629,14 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(command, ranks):
 
 
 def test_a_checkpoint_of_other_hyperparameters_is_refused_after_more_trials(command, monkeypatch, capsys):
-    suggest, rates = distill.suggest, (1e-3, 1e-12)  # with such a teacher, it is best to learn nothing
-    monkeypatch.setattr(
-        distill,
-        "suggest",
-        lambda trial, args: suggest(trial, args) | {"alpha": 0.0, "learning_rate": rates[trial.number]},
-    )
+    rebuild_study, rates = distill.rebuild_study, (1e-3, 1e-5)  # with such a teacher, it is best to learn little
+
+    def with_these_rates(trials, *more):
+        study = rebuild_study(trials, *more)
+        study.enqueue_trial({"alpha": 0.0, "learning_rate": rates[len(trials)]})
+        return study
+
+    monkeypatch.setattr(distill, "rebuild_study", with_these_rates)
     with monkeypatch.context() as patched:
         patched.setattr(distill, "finish", lambda *args: distill.fail("stopped here"))
         refused(command("run", n_trials=1, best_by="loss"), capsys)
