@@ -160,25 +160,25 @@ def run(args, device):
         return
     checkpoint = from_rank0(lambda: read(args.checkpoint))  # of a killed run; else None
     check_same_command(args, checkpoint, identity)
-    parameters = {"student": task.student.num_parameters()}
-    scores, seconds, trials, live_teacher = {}, {}, [], None
+    results, live_teacher = describe_run(args, task, identity), None  # grows as the run goes, ends as results.json
 
     # 2. The teacher labels every example, unless its answers are a column of the data.
     if task.teacher is not None:
-        parameters["teacher"] = task.teacher.num_parameters()
         start = time.perf_counter()
         label_with_teacher(args, task, identity["digest of the teacher"])
-        seconds["labeling"] = time.perf_counter() - start
+        results["seconds"]["labeling"] = time.perf_counter() - start
         if args.uses_teacher and not args.cache_teacher:
             live_teacher = make_live_teacher(args, task)
         task.teacher = task.teacher_tokens = None  # frees memory, unless live_teacher needs them
     if args.has_teacher:
-        scores["teacher"] = {role: score(split.teacher_logits, split.labels) for role, split in scored.items()}
-        report_teacher(scores["teacher"]["eval"], splits["eval"].labels, task.class_names)
+        for role, split in scored.items():
+            results["teacher"] |= named_for(role, score(split.teacher_logits, split.labels))
+        report_teacher(results["teacher"], splits["eval"].labels, task.class_names)
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
     if args.n_trials:
-        args, trials = search(args, task, identity)
+        args, results["search"] = search(args, task, identity)
+        results["arguments"] = asdict(args)
         identity |= {f"best {name}": getattr(args, name) for name in SEARCHED}
         check_same_command(args, checkpoint, identity)
     training = Training(task.student, args)
@@ -198,12 +198,13 @@ def run(args, device):
     if checkpoint:  # a run that goes on elsewhere may have found the folder empty
         training.model.load_state_dict(training.best_weights)
         from_rank0(lambda: save_model(args.output_dir, training.model, task.student_tokenizer))
-    seconds["training"] = time.perf_counter() - start
+    results["seconds"]["training"] = time.perf_counter() - start
 
     # 4. The saved student is loaded again, as its users will load it, and scored.
     student = from_rank0(lambda: data.load_model(os.path.abspath(args.output_dir))[0]).to(device)
-    scores["student"] = {role: evaluate(student, split, args.precision) for role, split in scored.items()}
-    from_rank0(lambda: finish(args, task, scores, seconds, parameters, trials, identity), timeout=DOWNLOADS)
+    for role, split in scored.items():
+        results["student"] |= named_for(role, evaluate(student, split, args.precision))
+    from_rank0(lambda: finish(args, results), timeout=DOWNLOADS)
 
 
 def fine_tune_teacher(args, device):
@@ -403,7 +404,7 @@ def eval_scores(row):
 
 @dataclass
 class Training:
-    """A model in training, and how far it has come: what a checkpoint holds."""
+    """A model in training, and how far it has come."""
 
     model: torch.nn.Module
     args: InitVar[Config]
@@ -424,15 +425,22 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
     def state_dict(self):
-        parts = vars(self) | {"sigterm": False, "stop": False}  # a run that goes on has not been stopped
-        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "epoch_loss": self.epoch_loss,
+            "best_scores": self.best_scores,
+            "best_weights": self.best_weights,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state):
-        for name, part in vars(self).items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(state[name])
-            else:
-                setattr(self, name, state[name])
+        for name in ("step", "seconds", "epoch_loss", "best_scores", "best_weights"):
+            setattr(self, name, state[name])
+        for part in ("model", "optimizer", "scaler"):
+            getattr(self, part).load_state_dict(state[part])
 
     def keep_if_best(self, scores, best_by):
         """Whether an epoch's scores are better than all before; the weights are then kept."""
@@ -511,7 +519,7 @@ def train(args, training, splits, live_teacher=None):
         scores = evaluate(training.model, splits["eval"], args.precision)
         if not math.isfinite(scores["loss"]):
             raise Diverged
-        row |= {"epoch_loss": training.epoch_loss, **{f"eval_{name}": value for name, value in scores.items()}}
+        row |= {"epoch_loss": training.epoch_loss, **named_for("eval", scores)}
         training.epoch_loss = 0.0
         yield row
 
@@ -670,9 +678,8 @@ def rebuild_study(trials, space, seed):
     for trial in trials:
         its = {"state": optuna.trial.TrialState[trial["state"]], "value": trial["value"]}
         its |= {"params": {name: trial[name] for name in space}, "distributions": space}
-        study.add_trial(
-            optuna.trial.create_trial(**its, intermediate_values=dict(enumerate(trial["intermediate_values"], 1)))
-        )
+        its["intermediate_values"] = dict(enumerate(trial["intermediate_values"], start=1))  # by epoch
+        study.add_trial(optuna.trial.create_trial(**its))
     return study
 
 
@@ -685,22 +692,36 @@ IRRELEVANT = (
 )  # fmt: skip
 
 
-def finish(args, task, scores, seconds, parameters, trials, identity):
-    """Write results.json and, unless a teacher was made, report(); then the checkpoint has done its work."""
-    teacher = args.finished_teacher or f"column {','.join(args.teacher_column or [])}"
-    models, results = {"teacher": teacher, "student": args.output_dir}, {}
-    for who, its in scores.items():
-        results[who] = {"model": models[who], "parameters": parameters.get(who)}
-        results[who] |= {f"{role}_{name}": value for role in its for name, value in its[role].items()}
-    results |= {"seconds": seconds, "classes": task.class_names}
+def describe_run(args, task, identity):
+    """What results.json says of a run whatever its outcome."""
+    modules, labeled = (torch, transformers, datasets, huggingface_hub), task.splits["train"].labeled
     examples = {role: len(split.labels) for role, split in task.splits.items()}
-    labeled = task.splits["train"].labeled
-    results["examples"] = {**examples, "train": labeled, "unlabeled": examples["train"] - labeled}
-    results |= {"device": device_name(task.student.device), "threads": torch.get_num_threads()}
-    results["processes"] = dist.get_world_size()
-    modules = (torch, transformers, datasets, huggingface_hub)
-    results["versions"] = {module.__name__: module.__version__ for module in modules}
-    results |= {"arguments": asdict(args), "identity": identity, "search": trials}
+    results = {
+        "student": {"model": args.output_dir, "parameters": task.student.num_parameters()},
+        "seconds": {},
+        "classes": task.class_names,
+        "examples": {**examples, "train": labeled, "unlabeled": examples["train"] - labeled},
+        "device": device_name(task.student.device),
+        "threads": torch.get_num_threads(),
+        "processes": dist.get_world_size(),
+        "versions": {module.__name__: module.__version__ for module in modules},
+        "arguments": asdict(args),
+        "identity": identity,
+        "search": [],
+    }
+    if not args.has_teacher:
+        return results
+    model = args.finished_teacher or f"column {','.join(args.teacher_column)}"
+    return {"teacher": {"model": model, "parameters": task.teacher and task.teacher.num_parameters()}, **results}
+
+
+def named_for(role, scores):
+    """The scores of a split as results.json and the rows of metrics.jsonl name them: eval_accuracy."""
+    return {f"{role}_{name}": value for name, value in scores.items()}
+
+
+def finish(args, results):
+    """Write results.json and, unless a teacher was made, report(); then the checkpoint has done its work."""
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
     if args.has_teacher:
         report(args, results)
@@ -746,12 +767,12 @@ def table(rows):
 
 def report_teacher(scores, labels, class_names):
     """Print the teacher's accuracy, and warn if it is no better than always giving the same answer."""
-    if not scores:  # there are no labels
+    if "eval_accuracy" not in scores:  # there are no labels
         return
     counts = labels.bincount(minlength=len(class_names))
     answer, commonest = class_names[counts.argmax()], counts.max().item() / len(labels)
-    say(f"teacher: eval accuracy {scores['accuracy']:.4f}; always answering '{answer}' gives {commonest:.4f}")
-    if scores["accuracy"] <= commonest:
+    say(f"teacher: eval accuracy {scores['eval_accuracy']:.4f}; always answering '{answer}' gives {commonest:.4f}")
+    if scores["eval_accuracy"] <= commonest:
         say("warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)")
 
 

@@ -457,7 +457,7 @@ def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
     assert "warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)" in said
     assert saved["student"]["eval_accuracy"] > saved["teacher"]["eval_accuracy"]
     assert "note: on eval the student is better than its teacher" in said  # and an able one is not blamed:
-    distill.report_teacher({"accuracy": 0.9}, torch.tensor([0, 1, 1]), ["negative", "positive"])
+    distill.report_teacher({"eval_accuracy": 0.9}, torch.tensor([0, 1, 1]), ["negative", "positive"])
     assert "warning" not in capsys.readouterr().out
 
 
