@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import InitVar, asdict, dataclass, field, fields, replace
@@ -106,6 +107,8 @@ class Config:
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
         check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
         check(self.hub_model_id or not self.hub_private, "--hub_private needs --hub_model_id")
+        own_rate = self.teacher_learning_rate not in (Config.teacher_learning_rate, DEMO["teacher_learning_rate"])
+        check(self.teacher_epochs or not own_rate, "--teacher_learning_rate needs --teacher_epochs")
         check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
@@ -222,6 +225,7 @@ def fine_tune_teacher(args, device):
 # --- The teacher's labels, and scores --------------------------------------------------------------------------------
 
 PART = 16_384  # examples: as many labels are lost, at most, if a run is killed
+OVERFLOW = {"fp16": "try --precision fp32 or bf16, which hold larger numbers; if that does not help, "}
 PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}  # per batch: enough to keep the device busy; more would pad more
 
 
@@ -263,7 +267,8 @@ def label_with_teacher(args, task, digest_of_teacher):
                 logits = from_rank0(lambda: read(path))  # noqa: B023, called at once
                 if logits is None:
                     logits = predict(task.teacher, tokens, args.precision, bar).cpu()
-                    check(logits.isfinite().all(), "the teacher's answers are not finite: its weights are damaged")
+                    reason = f"{OVERFLOW.get(args.precision, '')}its weights are damaged"
+                    check(logits.isfinite().all(), f"the teacher's answers are not finite: {reason}")
                     from_rank0(lambda: write(logits, path))  # noqa: B023
                 else:
                     found += len(tokens)
@@ -453,10 +458,10 @@ class Training:
 
 
 class Diverged(UserError):
-    """A training ends, but a search goes on with its next trial."""
+    """The loss is not finite: a training ends, but a search goes on with its next trial."""
 
-    def __init__(self):
-        super().__init__("the loss is not finite: lower the learning rate")
+    def __init__(self, args):
+        super().__init__(f"the loss is not finite: {OVERFLOW.get(args.precision, '')}lower the learning rate")
 
 
 def train(args, training, splits, live_teacher=None):
@@ -499,14 +504,14 @@ def train(args, training, splits, live_teacher=None):
                 training.step += 1
                 bar.update(len(batch))
 
-                last = training.step % steps_per_epoch == 0
-                if last or training.step % args.log_steps == 0:
+                last, due = training.step % steps_per_epoch == 0, training.step % args.log_steps == 0
+                if last or due or (training.sigterm and world_size == 1):  # a group agrees to stop at rows alone
                     sums = torch.cat([sums, torch.tensor([float(training.sigterm)], device=device)])
                     dist.all_reduce(sums)
                     *losses, stop = sums.tolist()  # the host waits for the device
                     losses = {name: loss / len(unread) for name, loss in zip(parts, losses, strict=True)}
                     if not math.isfinite(losses["loss"]):
-                        raise Diverged
+                        raise Diverged(args)
                     row = {"step": training.step, "epoch": epoch + 1, **losses, "learning_rate": rate}
                     row["examples_per_second"] = sum(unread) / (time.perf_counter() - since)
                     training.epoch_loss += losses["loss"] * len(unread) / steps_per_epoch
@@ -518,7 +523,7 @@ def train(args, training, splits, live_teacher=None):
 
         scores = evaluate(training.model, splits["eval"], args.precision)
         if not math.isfinite(scores["loss"]):
-            raise Diverged
+            raise Diverged(args)
         row |= {"epoch_loss": training.epoch_loss, **named_for("eval", scores)}
         training.epoch_loss = 0.0
         yield row
@@ -736,10 +741,10 @@ def report(args, results):
         say("note: on eval the student is better than its teacher: see --teacher_epochs, or raise --alpha\n")
     if args.hub_model_id:
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
-            pushed = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "README.md"]
-            # Not teacher/ and runs/, nor all arguments, which name folders of this machine.
-            options = {"allow_patterns": pushed, "ignore_patterns": ["*/*", "results.json"]}
-            huggingface_hub.HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, **options)
+            # Not results.json, whose arguments name folders of this machine.
+            pushed = [*read(Path(args.output_dir, MODEL_FILES)), "README.md", "metrics.jsonl"]
+            where = {"repo_id": args.hub_model_id, "folder_path": args.output_dir}
+            huggingface_hub.HfApi().upload_folder(**where, allow_patterns=pushed)
         say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
 
@@ -783,22 +788,28 @@ def write_model_card(args, results):
     source = f"a larger teacher, {teacher or 'a local model'}"
     if args.teacher_column:
         source = f"the answers in column '{','.join(args.teacher_column)}'"
-    on_hub = args.dataset_id == dataset  # the demo's splits are its own
+    public = args.dataset_id == dataset  # the demo's splits are its own
     where = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     student, scores, kind = results["student"], [], "text-classification"
-    for role, split in (("eval", args.eval_split), ("test", args.test_split)) if on_hub else ():
+    for role, split in (("eval", args.eval_split), ("test", args.test_split)) if public else ():
         for score, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
             if f"{role}_{score}" in student:
                 its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{score}"]}
                 scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
+    on_hub = None
+    if args.hub_model_id:  # what was said there by hand stays
+        with as_user_error(f"cannot read the card of {args.hub_model_id}, repeat the command to try again"):
+            on_hub = huggingface_hub.HfApi().model_info(args.hub_model_id).card_data
+    on_hub = on_hub or huggingface_hub.ModelCardData()
     metadata = huggingface_hub.ModelCardData(
+        **{key: on_hub.get(key) for key in ("license", "license_name", "license_link", "language")},
         model_name=name if scores else None,  # of the scores
         base_model=teacher if args.student_id == "teacher" else data.hub_id(args.student_id, "model"),
         datasets=dataset and [dataset],
         library_name="transformers",
         pipeline_tag=kind,
-        tags=["knowledge-distillation"],
+        tags=list(dict.fromkeys([*(on_hub.tags or []), "knowledge-distillation"])),
         eval_results=scores or None,
     )
     flags = ("alpha", "temperature", "epochs", "batch_size", "learning_rate", "precision", "seed")
@@ -863,6 +874,9 @@ class RunFiles:
 @contextlib.contextmanager
 def stopping_at_a_row(training):
     """Inside, SIGTERM waits for the next row of train(); a second one ends the program at once."""
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+        yield
+        return
 
     def note(*_):
         training.sigterm = True
@@ -957,6 +971,9 @@ def read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+MODEL_FILES = ".model_files.json"  # their names, in output_dir: only these are pushed, or go when another model comes
+
+
 def save_model(folder, model, tokenizer):
     """Save a classifier as transformers does, but replace files only by complete ones."""
     folder, temporary = Path(folder), Path(folder, ".saving")
@@ -964,9 +981,13 @@ def save_model(folder, model, tokenizer):
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
         data.save_tokenizer(tokenizer, temporary)
-        for file in temporary.iterdir():
-            shutil.copymode(temporary / "config.json", file)  # safetensors would keep others out
-            os.replace(file, folder / file.name)
+        names, mode = sorted(os.listdir(temporary)), (temporary / "config.json").stat().st_mode
+        for name in set(read(folder / MODEL_FILES) or []).difference(names):
+            Path(folder, name).unlink(missing_ok=True)  # of an earlier model: loading would read it with this one's
+        write(json.dumps(names), folder / MODEL_FILES)
+        for name in names:
+            (temporary / name).chmod(mode)  # safetensors would keep others out
+            os.replace(temporary / name, folder / name)
         temporary.rmdir()
     shutil.rmtree(folder / "onnx", ignore_errors=True)  # bench.py's export of an earlier model
 
@@ -993,27 +1014,40 @@ def errors_as_lines(interrupted="the same command continues from the last checkp
 @contextlib.contextmanager
 def process_group(device):
     """Form the group of torchrun's processes, or of this one alone."""
+    store, rank, world_size, backend = dist.HashStore(), 0, 1, "gloo"
     with as_user_error("the processes cannot form a group, start them by torchrun"):
         if "RANK" in os.environ:
             # By default gloo takes the interface of the host's name, which in a cluster may lead to this machine alone.
             interface = os.environ.get("SM_NETWORK_INTERFACE_NAME") or os.environ.get("NCCL_SOCKET_IFNAME")
             if interface in dict(map(reversed, socket.if_nameindex())):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            # torchrun's store outlives a restart: under the same keys it has the addresses of processes that are dead.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             # By default a machine with GPUs gets NCCL alone, which cannot send tensors on the CPU.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         else:
             os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone, a process needs no network
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield
+    except UserError:  # which all ranks have
+        raise
     except Exception as error:
-        if dist.get_world_size() > 1 and not isinstance(error, UserError):  # which all ranks have
-            # An orderly exit would wait for the other ranks, who wait for this one; torchrun ends them.
-            traceback.print_exc()
-            os._exit(1)
+        full = UserError("out of memory: lower --batch_size or --max_length") if out_of_memory(error) else None
+        if world_size > 1:  # an orderly exit would wait for the other ranks, who wait for this one; torchrun ends them
+            traceback.print_exception(full or error)
+            os._exit(2 if full else 1)
+        if full:
+            raise full from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def out_of_memory(error):
+    """Whether memory is what lacks: the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def on_all_ranks(model, args):
@@ -1050,7 +1084,7 @@ def from_rank0(make, timeout=None):
 
 
 def broadcast(value, group):
-    """Rank 0's value on every rank, as torch.save() writes it. (Pickled, a tensor would take four times its memory.)"""
+    """Rank 0's value on every rank, as torch.save() writes it: pickled, a tensor would take four times its memory."""
     file = io.BytesIO()
     if dist.get_rank() == 0:
         torch.save(value, file)
@@ -1078,7 +1112,7 @@ def say(message):
 def fail(message, code=2):
     """End the program with one line from rank 0, and with the exit code on every rank."""
     if on_main_rank():
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {'error: ' * (code == 2)}{message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -1174,6 +1208,8 @@ def parse_args(argv=None, config=Config, demo=DEMO):
     args = parser.parse_args(argv)
     if getattr(args, "demo", False):  # parsed again, with other defaults
         parser.set_defaults(**demo)
+        if parser.parse_args(argv).dataset_id != "demo":  # other data have other splits
+            parser.set_defaults(**{name: getattr(config, name) for name in demo if name.endswith("_split")})
         args = parser.parse_args(argv)
     with errors_as_lines():
         for option in fields(config):
@@ -1197,8 +1233,9 @@ def check_before_start(args, device, held):
     for module in filter(needed.get, needed):
         with as_user_error(f"these flags need a package, pip install {module}"):
             importlib.import_module(module)
-    found = [name for name in ("README.md", "metrics.jsonl") if Path(args.output_dir, name).exists()]
-    check(found != ["README.md"], f"{args.output_dir} has a README.md that is not a run's: choose another --output_dir")
+    found = [name for name in ("README.md", "config.json", "metrics.jsonl") if Path(args.output_dir, name).exists()]
+    others = f"{args.output_dir} has a {found[0]} that is not a run's" if found else ""
+    check(not found or "metrics.jsonl" in found, f"{others}: choose another --output_dir")
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
     for source in filter(None, (args.teacher_id, args.student_id)):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
@@ -1227,6 +1264,8 @@ def check_before_start(args, device, held):
     with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
         created = huggingface_hub.create_repo(args.hub_model_id, private=args.hub_private or None, exist_ok=True)
         huggingface_hub.auth_check(created.repo_id, write=True)  # create_repo is content with any that exists
+        public = args.hub_private and not huggingface_hub.HfApi().model_info(created.repo_id).private
+    check(not public, f"{created.repo_id} exists and is public: make it private on the Hub, or leave out --hub_private")
     return created.repo_id
 
 

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from huggingface_hub import RepoCard
+
 TOKEN = "hf_testtoken"  # the only token that may push
 
 
@@ -140,7 +142,10 @@ class Handler(BaseHTTPRequestHandler):
     def repo_info(self, kind, repo_id, revision):
         repo = self.repo(kind, repo_id, revision)
         siblings = [{"rfilename": repo.name(path)} for path in repo.files]
-        self.reply({"id": repo_id, "sha": repo.commit, "private": False, "tags": [], "siblings": siblings})
+        private = self.hub.created.get(repo_id, {}).get("visibility") == "private"
+        card = repo.folder / "README.md"
+        its = {"cardData": RepoCard.load(card).data.to_dict()} if card.is_file() else {}
+        self.reply({"id": repo_id, "sha": repo.commit, "private": private, "tags": [], "siblings": siblings, **its})
 
     def list_tree(self, kind, repo_id, revision, path):
         repo = self.repo(kind, repo_id, revision)
@@ -190,7 +195,8 @@ class Handler(BaseHTTPRequestHandler):
         folder = self.hub.folder / "models" / repo_id
         status = 409 if folder.exists() else 200  # with exist_ok=True, the client reads the url in a 409 all the same
         folder.mkdir(parents=True, exist_ok=True)
-        self.hub.created[repo_id] = wanted
+        if status == 200:
+            self.hub.created[repo_id] = wanted
         self.reply({"url": f"{self.hub.url}/{repo_id}"}, status)
 
     def validate_yaml(self):

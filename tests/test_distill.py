@@ -238,7 +238,10 @@ def test_booleans_as_sagemaker_passes_them():
 def test_demo_flags_can_be_overridden():
     args = distill.parse_args(["--demo", "--epochs", "1", "--alpha", "0"])
     assert (args.dataset_id, args.student_id, args.student_layers) == ("demo", "teacher", 2)
-    assert (args.epochs, args.alpha) == (1, 0.0)
+    assert (args.epochs, args.alpha, args.test_split) == (1, 0.0, "test")
+    args = distill.parse_args(["--demo", "--dataset_id", "my.csv"])  # which has no split of the demo's
+    assert (args.dataset_id, args.test_split, args.teacher_epochs) == ("my.csv", None, 2)
+    assert distill.parse_args(["--demo", "--teacher_id", "mine/", "--teacher_epochs", "0"]).teacher_id == "mine/"
 
 
 def test_sagemaker_folders(monkeypatch):
@@ -263,6 +266,7 @@ def test_sagemaker_folders(monkeypatch):
         (["--learn", "1"], "unrecognized arguments"),
         (["--unlabeled_split", "test"], "--unlabeled_split needs --unlabeled_id"),
         (["--hub_private"], "--hub_private needs --hub_model_id"),
+        (["--teacher_learning_rate", "1e-3"], "--teacher_learning_rate needs --teacher_epochs"),
         (["--unlabeled_id", "more.txt", "--alpha", "1"], "leaves out the teacher"),
         (["--n_trials", "2", "--cache_teacher", "false"], "leave out --cache_teacher"),
     ],
@@ -468,8 +472,18 @@ def test_a_damaged_teacher_labels_nothing(command, save_tiny, capsys):
     safetensors.torch.save_file(damaged, f"{folder}/model.safetensors", {"format": "pt"})
     for alpha in (0.5, 1.0):
         arguments = command("run", teacher_id=folder, alpha=alpha)
-        assert "the teacher's answers are not finite" in refused(arguments, capsys)
+        assert "the teacher's answers are not finite: its weights are damaged" in refused(arguments, capsys)
         assert os.listdir(output_of(arguments)) == []
+
+
+def test_a_sound_teacher_that_overflows_in_fp16_is_not_called_damaged(command, save_tiny, capsys):
+    folder = save_tiny("large")
+    large = weights(folder)
+    large["classifier.weight"] *= 1e7  # beyond fp16's 65,504, not beyond the others
+    safetensors.torch.save_file(large, f"{folder}/model.safetensors", {"format": "pt"})
+    line = refused(command("fp16", teacher_id=folder, precision="fp16"), capsys)
+    assert "are not finite: try --precision fp32 or bf16" in line
+    run(command("fp32", teacher_id=folder, epochs=1))
 
 
 def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsys):
@@ -919,9 +933,25 @@ def test_the_output_does_not_overwrite_its_input(command, capsys):
 def test_a_folder_with_a_readme_of_its_own_is_left_alone(command, capsys):
     arguments = command("run")
     os.makedirs(output_of(arguments))
-    Path(output_of(arguments), "README.md").write_text("mine")
-    assert "has a README.md that is not a run's: choose another --output_dir" in refused(arguments, capsys)
-    assert os.listdir(output_of(arguments)) == ["README.md"]
+    for name in ("README.md", "config.json"):
+        Path(output_of(arguments), name).write_text("mine")
+        assert f"has a {name} that is not a run's: choose another --output_dir" in refused(arguments, capsys)
+        assert os.listdir(output_of(arguments)) == [name]
+        Path(output_of(arguments), name).unlink()
+
+
+def test_another_student_in_the_folder_leaves_no_file_of_the_first(command, save_tiny, tokenizer):
+    """Loading would read an added_tokens.json with the new student's vocabulary."""
+    arguments = command("run", epochs=1)
+    run(arguments)
+    folder = Path(output_of(arguments))
+    listing = folder / distill.MODEL_FILES
+    for name, text in (("added_tokens.json", '{"[EXTRA]": 30522}'), ("notes.txt", "mine")):
+        (folder / name).write_text(text)
+    listing.write_text(json.dumps([*json.loads(listing.read_text()), "added_tokens.json"]))  # as if it had written it
+    run(command("run", epochs=1, student_id=save_tiny("other", seed=3)))
+    assert not (folder / "added_tokens.json").exists() and (folder / "notes.txt").read_text() == "mine"
+    assert set(json.loads(listing.read_text())) <= set(os.listdir(folder))
 
 
 def test_a_second_run_keeps_out_of_the_first_ones_folders(command, monkeypatch):
@@ -1057,6 +1087,38 @@ def test_what_the_hub_refuses_is_told_before_the_work(command, pushing, monkeypa
         for repository in ("me/new", "me/old"):
             told(repository)
     assert pushing.created == {}
+
+
+def test_only_what_the_run_wrote_is_pushed(command, pushing, tmp_path, monkeypatch):
+    arguments = command("here", hub_model_id="me/student", epochs=1)
+    folder = Path(output_of(arguments))
+    folder.mkdir()
+    mine = ("customers.json", "notes.txt", "train.jsonl", "other.safetensors")
+    for name in mine:
+        (folder / name).write_text("mine")
+    run(arguments)
+    pushed = set(os.listdir(pushing.folder / "models/me/student"))
+    assert {"README.md", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json"} <= pushed
+    assert not pushed & {*mine, "results.json"} and all((folder / name).read_text() == "mine" for name in mine)
+
+
+def test_what_was_said_of_the_model_on_the_hub_stays(command, pushing):
+    repository = pushing.folder / "models/me/student"
+    repository.mkdir(parents=True)
+    card = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- reviews\npipeline_tag: fill-mask\n---\nmine\n"
+    (repository / "README.md").write_text(card)
+    run(command("run", hub_model_id="me/student", epochs=1))
+    its = huggingface_hub.ModelCard.load(repository / "README.md").data
+    assert (its.license, its.language, its.tags) == ("apache-2.0", ["en"], ["reviews", "knowledge-distillation"])
+    assert its.pipeline_tag == "text-classification"
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(command, pushing, monkeypatch, capsys):
+    (pushing.folder / "models/me/public").mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "read_task", None)
+        line = refused(command("run", hub_model_id="me/public", hub_private="true"), capsys)
+    assert "me/public exists and is public: make it private on the Hub" in line
 
 
 def test_a_push_that_fails_need_not_train_again(command, pushing, tmp_path, capsys, monkeypatch):
@@ -1200,9 +1262,24 @@ def test_ctrl_c_reaches_every_rank(command):
         assert same_weights(output_of(undisturbed), output_of(arguments))
 
 
-def test_sigterm_waits_for_the_next_row_unless_it_comes_twice(command):
+def test_sigterm_stops_a_single_process_at_the_next_step(command):
+    """The next row may be half a minute away, longer than a container platform waits."""
+    undisturbed, arguments = command("undisturbed", log_steps=100), command("stopped", log_steps=100)
+    assert start(undisturbed).codes == [0]
+    stopped = start(arguments, DIE + 'at_call("training_step", distill, 10, by=signal.SIGTERM)')
+    assert stopped.codes == [143]
+    assert stopped.err == "distill.py: stopped by SIGTERM at step 10: the same command continues there\n"
+    again = start(arguments)
+    assert again.codes == [0] and "continuing at step 10\n" in again.out
+    assert same_weights(output_of(undisturbed), output_of(arguments))
+    assert metrics(output_of(arguments))[-1]["epoch_loss"] == pytest.approx(
+        metrics(output_of(undisturbed))[-1]["epoch_loss"]
+    )
+
+
+def test_a_second_sigterm_ends_the_run_at_once(command):
     arguments = command("twice")
-    twice = "".join(f'at_call("training_step", distill, {step}, by=signal.SIGTERM)\n' for step in (3, 5))
+    twice = 'at_call("training_step", distill, 3, by=signal.SIGTERM, before=lambda *_: os.kill(os.getpid(), 15))'
     assert start(arguments, DIE + twice).codes == [-signal.SIGTERM]
     assert not os.path.exists(f"{output_of(arguments)}/checkpoint.pt")
 
@@ -1336,6 +1413,50 @@ def test_torchrun(command):
     assert finished.returncode == 0 and results(output_of(arguments))["processes"] == 2
 
 
+def test_torchrun_restarts_a_run_from_its_checkpoint(command, tmp_path):
+    """The agent's store still has the addresses of the first group, of which a process is dead."""
+    script = tmp_path / "killed_once.py"
+    moment = 'if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":\n'
+    moment += '    at_call("training_step", distill, 11)\n'
+    script.write_text(f"import os, signal, sys\nimport torch\nimport distill\n{DIE}{moment}distill.main()")
+    arguments, undisturbed = command("restarted", **EVERY_OTHER_STEP), command("undisturbed", **EVERY_OTHER_STEP)
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max_restarts=2", str(script)]
+    finished = start_anew([*words, *arguments])
+    assert finished.returncode == 0 and "continuing at step 10\n" in finished.stdout, finished.stderr
+    assert start(undisturbed, ranks=2).codes == [0, 0]
+    assert same_weights(output_of(undisturbed), output_of(arguments))
+
+
+@pytest.mark.parametrize(("ranks", "codes"), [(None, [2]), (2, [1, 2])])
+def test_out_of_memory_is_one_line(command, ranks, codes):
+    """Late in an epoch, and on one rank alone: the other learns of it when its partner has gone."""
+    late = DIE.replace("os.kill(os.getpid(), by)", "torch.empty(2**45)")  # which the CPU's allocator refuses
+    late += 'if os.environ.get("RANK", "1") == "1":\n    at_call("training_step", distill, 13)'
+    finished = start(command("run"), late, ranks=ranks)
+    assert finished.codes == codes, finished.err
+    assert "out of memory: lower --batch_size or --max_length\n" in finished.err
+    assert ranks or finished.err.count("\n") == 1
+
+
+def test_main_runs_in_a_thread(command):
+    """As in a notebook's or a server's: signals can be handled in the main thread alone."""
+    arguments = command("run", epochs=1)
+    thread = threading.Thread(target=distill.main, args=(arguments,))
+    thread.start()
+    thread.join()
+    assert "student" in results(output_of(arguments))
+
+
+def test_a_search_in_a_job_of_one_replica(command):
+    """Kubernetes sets RANK and WORLD_SIZE, but no LOCAL_WORLD_SIZE."""
+    arguments = command("run", n_trials=1, epochs=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    assert start(arguments, **job).codes == [0] and len(results(output_of(arguments))["search"]) == 1
+
+
 def test_on_gpus_each_kind_of_tensor_has_its_backend(monkeypatch):
     """Rank 0's answers are CPU tensors, the gradients lie on the GPU."""
     asked = []
@@ -1432,7 +1553,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_next_row(command, save_tiny):
         term = f'at_call("{moment}", distill, {number}, by=signal.SIGTERM)'
         stopped = start(arguments, f'{DIE}if os.environ["RANK"] == "1":\n    {term}', ranks=2)
         assert stopped.codes == [143, 143], stopped.err
-        line = f"distill.py: error: stopped by SIGTERM at step {step}: the same command continues there\n"
+        line = f"distill.py: stopped by SIGTERM at step {step}: the same command continues there\n"
         assert stopped.err == line
         again = start(arguments, ranks=2)
         assert again.codes == [0, 0] and f"continuing at step {step}\n" in again.out
