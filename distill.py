@@ -575,7 +575,9 @@ def read_task(args):
     if args.teacher_id is not None:
         teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
         teacher_classes = data.class_names(teacher.config)
-    splits, class_names = read_splits(args, teacher_classes)
+    said = args.teacher_epochs or not args.has_teacher  # by check_before_start()
+    with contextlib.redirect_stdout(io.StringIO() if said else sys.stdout):
+        splits, class_names = read_splits(args, teacher_classes)
     student, student_tokenizer = read_student(args, class_names)
     smallest = len(splits["train"]) // math.ceil(len(splits["train"]) / args.batch_size)  # of the batches
     processes = dist.get_world_size()
@@ -1308,8 +1310,8 @@ def check_before_start(args, device, held):
     if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
         flags = {name: value for name, value in asdict(args).items() if value is not None and name not in IRRELEVANT}
         check_same_command(args, read(args.checkpoint), flags)
+        read_splits(args)
         unmade = replace(args, teacher_epochs=0, teacher_learning_rate=Config.teacher_learning_rate)
-        read_splits(unmade)
         with contextlib.redirect_stdout(io.StringIO()):
             read_student(unmade, ["0", "1"])
     if not args.hub_model_id:
