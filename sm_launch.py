@@ -11,17 +11,17 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-from data import UserError, as_user_error, check
-from distill import fail, flag, parse_args
+from data import FORMATS, UserError, as_user_error, check, one_line
+from distill import IRRELEVANT, Config, fail, flag, parse_args
 
 HERE = Path(__file__).resolve().parent
 CODE = ("losses.py", "data.py", "distill.py")
@@ -45,10 +45,10 @@ class Launch:
     instance_count: int = flag(1, "number of machines", at_least=1)
     volume_gb: int = flag(30, "disk of each machine, GB", at_least=1)
     max_hours: float = flag(6.0, "stop the job after this time", above=0)
-    spot: bool = flag(False, "cheaper spare capacity; if interrupted, the same command continues")
+    spot: bool = flag(False, "spare capacity, cheaper; saves every 2 minutes: after a stop the same command continues")
     image: str = flag(None, "ECR image; by default Hugging Face's, PyTorch 2.9 and transformers 5.3")
     # Data and results
-    train_data: str = flag(None, "s3:// folder with the data set, instead of --dataset_id")
+    train_data: str = flag(None, "s3:// folder or file with the data set, instead of --dataset_id")
     output: str = flag(None, "s3:// folder for the results; by default s3://BUCKET/JOB_NAME")
     job_name: str = flag("distill", "the time is appended")
     # This run
@@ -56,13 +56,16 @@ class Launch:
     dry_run: bool = flag(False, "print the request as JSON instead of sending it")
 
     def __post_init__(self):
-        for address in (self.train_data, self.output):
-            well_formed = address is None or (address.startswith("s3://") and "//" not in address[4:])
-            check(well_formed, f"{address} must be like s3://bucket/folder")
+        for address in filter(None, (self.train_data, self.output)):
+            check(re.fullmatch("s3:/(/[^/]+)+/?", address), f"{address} must be like s3://bucket/folder")
         self.output = self.output and self.output.rstrip("/")
-        self.train_data = self.train_data and self.train_data.rstrip("/") + "/"  # else reviews-old/ is read, too
+        kind = os.path.splitext(self.train_data or "")[1].lower()
+        check(kind in ("", *FORMATS), f"{self.train_data} must end with /, or with one of {', '.join(FORMATS)}")
+        if self.train_data and not kind:
+            self.train_data = self.train_data.rstrip("/") + "/"  # else reviews-old/ is read, too
         # The SDK appends the time, then cuts at SageMaker's 63 characters: a longer name would lose the time.
-        check(len(self.job_name) <= 48, f"--job_name {self.job_name} must have at most 48 characters")
+        fits = re.fullmatch("[a-zA-Z0-9][a-zA-Z0-9-]{,47}", self.job_name)
+        check(fits, f"--job_name {self.job_name} must have at most 48 letters, digits and hyphens")
 
 
 def hyperparameters_of(config, args):
@@ -76,7 +79,7 @@ def hyperparameters_of(config, args):
         given["dataset_config"] = config.dataset_config
     if args.train_data and not config.dataset_id.startswith(TRAINING):
         check("dataset_id" not in given, "--train_data and --dataset_id name two data sets: leave one of them out")
-        given["dataset_id"] = TRAINING
+        given["dataset_id"] = f"{TRAINING}/{os.path.basename(args.train_data)}".rstrip("/")
     for name in ("teacher_id", "student_id", "dataset_id", "unlabeled_id"):
         value = given.get(name, "")
         is_path = value.startswith((".", "/", "~")) or (os.path.exists(value) and value not in ("demo", "teacher"))
@@ -86,10 +89,13 @@ def hyperparameters_of(config, args):
     check(no_folders, "SageMaker sets --output_dir and --checkpoint_dir: leave them out, and see --output")
     check(config.hf_token_secret or not config.hub_model_id, "in a job, --hub_model_id needs --hf_token_secret")
     for name, value in given.items():
-        arrives = value  # in the job, where the SDK's drivers decode it as JSON, twice
-        with contextlib.suppress(TypeError, ValueError):  # for numbers, and for text that is not JSON
-            arrives = json.dumps(json.loads(value))
-        survives = arrives == value and "'" not in str(value) and not str(value).startswith(("-", '"'))
+        check(len(str(value)) <= 2500, f"--{name}: more than the 2,500 characters that SageMaker takes")
+        # On its way, a value that is JSON is decoded and encoded again: 1.10 becomes 1.1, and "a" becomes a. Then it
+        # stands between '…' in a shell script, and on the command line of distill.py, where -x would be a flag.
+        decoded = value
+        with contextlib.suppress(TypeError, ValueError):  # it is a number, or no JSON
+            decoded = json.dumps(json.loads(value))
+        survives = decoded == value and not re.search("""'|^[-"]""", str(value))
         check(survives, f"--{name} {value}: the SageMaker SDK would change this on its way to the job: rename it")
     return given
 
@@ -97,6 +103,7 @@ def hyperparameters_of(config, args):
 def launch(args, config, hyperparameters):
     """Start the job and print where to find it. With --wait, print its log and fetch the student when it ends."""
     import boto3  # like the SDK only where it is used: it takes seconds, and mistaken flags are reported at once
+    from botocore.exceptions import BotoCoreError, ClientError
 
     boto_session = boto3.Session()
     if args.dry_run:
@@ -152,6 +159,10 @@ def make_trainer(args, config, hyperparameters, code, boto_session):
         Path(code, requirements).write_text("\n".join(pin for pin in pins if pin.startswith(LACKING)))
     session = Session(boto_session, default_bucket=args.bucket)
     merge_dicts(session.sagemaker_config, OPT_OUT)  # of telemetry; the user's own configuration of the SDK holds too
+    bucket = session._default_bucket_name_override  # --bucket, else the SDK's configuration's
+    if bucket:  # if it does not exist, the SDK would create it
+        with as_user_error(f"cannot use the bucket {bucket}"):
+            boto_session.client("s3").head_bucket(Bucket=bucket)
     prefix = (session.default_bucket_prefix or "").split("/")
     session.default_bucket_prefix = "/".join(filter(None, prefix)) or None  # team/nlp/ would make addresses with //
     # Of what the configuration has for jobs, the SDK sends only a part. It has the form of a request: add all of it.
@@ -161,7 +172,9 @@ def make_trainer(args, config, hyperparameters, code, boto_session):
     boto_session.events.register(event, lambda params, **_: merge_dicts(params, configured))
     upload_key = configured.get("OutputDataConfig", {}).get("KmsKeyId")
     where = {"region": boto_session.region_name, "instance_type": args.instance_type}
+    machines = {"instance_type": args.instance_type, "instance_count": args.instance_count}
     seconds = math.ceil(args.max_hours * 3600)
+    patience = 2 * seconds if args.spot else None  # includes the running time
     trainer = ModelTrainer(
         sagemaker_session=session,
         role=args.role,
@@ -170,25 +183,16 @@ def make_trainer(args, config, hyperparameters, code, boto_session):
         source_code=configs.SourceCode(source_dir=code, entry_script="distill.py", requirements=requirements),
         distributed=Torchrun(),  # one process per GPU
         hyperparameters=hyperparameters,
-        compute=configs.Compute(
-            instance_type=args.instance_type,
-            instance_count=args.instance_count,
-            volume_size_in_gb=args.volume_gb,
-            enable_managed_spot_training=args.spot,
-        ),
-        stopping_condition=configs.StoppingCondition(
-            max_runtime_in_seconds=seconds,
-            max_wait_time_in_seconds=2 * seconds if args.spot else None,  # includes the running time
-        ),
+        compute=configs.Compute(**machines, volume_size_in_gb=args.volume_gb, enable_managed_spot_training=args.spot),
+        stopping_condition=configs.StoppingCondition(max_runtime_in_seconds=seconds, max_wait_time_in_seconds=patience),
         output_data_config=configs.OutputDataConfig(s3_output_path=args.output, kms_key_id=upload_key),
     )
     if args.train_data:
         trainer.input_data_config = [configs.InputData(channel_name="training", data_source=args.train_data)]
     # Only a job with the same flags and code continues an unfinished one; more trials continue the same search.
     if args.spot or config.teacher_epochs or config.n_trials:  # a fine-tuned teacher is kept there, too
-        flags = {**hyperparameters, "n_trials": config.n_trials > 0}
-        key = [flags, args.train_data, args.instance_type, args.instance_count]
-        key += [(HERE / name).read_text() for name in CODE]
+        flags = {name: value for name, value in hyperparameters.items() if name not in IRRELEVANT}
+        key = [flags, config.n_trials > 0, args.train_data, machines, *((HERE / name).read_text() for name in CODE)]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         address = f"{trainer.output_data_config.s3_output_path}/checkpoints/{digest[:16]}"
         trainer.checkpoint_config = configs.CheckpointConfig(s3_uri=address)
@@ -224,16 +228,34 @@ def answer_calls(boto_session, role):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    args, config = parse_args(argv[:split], Launch), parse_args(argv[split + 1 :])
-    if args.region:
-        os.environ["AWS_DEFAULT_REGION"] = args.region  # parts of the SDK make sessions of their own
+    own, its = argv[:split], argv[split + 1 :]
     try:
+        for words, others in ((own, Config()), (its, Launch())):
+            astray = [word for word in words if word.startswith("--") and word[2:].split("=")[0] in vars(others)]
+            check(not astray, f"{' '.join(astray)}: distill.py's flags go after a bare --, sm_launch.py's before it")
+        args = parse_args(own, Launch)
+        config = parse_args(["--save_minutes=2", *its] if args.spot else its)  # a job gets no signal before it ends
         hyperparameters = hyperparameters_of(config, args)
-        with as_user_error("AWS"):
-            launch(args, config, hyperparameters)
-    except UserError as error:
-        hint = "give --role: " if any(word in str(error) for word in ("IAM role", "assume role", "PassRole")) else ""
-        fail(hint + str(error).split(" Required permissions")[0])  # a list that would be cut
+        region = args.region or os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+        if region:  # for parts of the SDK that make sessions of their own, and boto, which ignores AWS_REGION
+            os.environ["AWS_DEFAULT_REGION"] = region
+        with as_user_error("this needs the SageMaker SDK, pip install sagemaker", only=ImportError):
+            import sagemaker.train  # noqa: F401
+        launch(args, config, hyperparameters)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        message = str(error) if isinstance(error, UserError) else f"AWS: {one_line(error)}"
+        hint = "give --role: " if any(word in message for word in ("IAM role", "assume role", "PassRole")) else ""
+        fail(hint + message.split(" Required permissions")[0])  # a list that would be cut
+
+
+def is_refusal(error):
+    """Whether AWS, the network or the SDK says no. Python's own types are bugs, but the SDK says no by ValueError, too."""
+    if type(error) is ValueError:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        return frame.f_globals["__name__"].startswith(("sagemaker.", "botocore."))
+    return isinstance(error, OSError) or type(error).__module__ != "builtins"
 
 
 if __name__ == "__main__":
