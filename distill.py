@@ -1191,8 +1191,11 @@ def choose_device():
                 torch.cuda.init()  # raises, and says why
         return torch.device("cpu")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    check(processes <= gpus, f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    # torchrun's processes share the GPUs they see; srun --gpus-per-task=1 and the like show each process its own alone.
+    own = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    fits = own or processes <= gpus
+    check(fits, f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
     torch.cuda.set_device(device)
     # An H100 prefers cuDNN's attention, which plans for every new shape of a batch. Batches of text have many shapes,
     # and planning takes far longer than the attention itself.
@@ -1303,9 +1306,11 @@ def check_before_start(args, device, held):
     if args.hf_token_secret:
         import boto3
 
-        with as_user_error(f"cannot read the secret {args.hf_token_secret}; may the job's role do so?"):
+        with as_user_error(f"cannot read one token in the secret {args.hf_token_secret}; may the job's role read it?"):
             secrets = boto3.client("secretsmanager", region_name=os.environ.get("AWS_REGION"))  # SageMaker's name
             token = secrets.get_secret_value(SecretId=args.hf_token_secret)["SecretString"].strip()
+            if token.startswith("{"):  # the console's default form, {"HF_TOKEN": "hf_…"}
+                [token] = (value.strip() for value in json.loads(token).values())
         os.environ["HF_TOKEN"] = token  # of this process, which downloads and pushes, and no other
     if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
         flags = {name: value for name, value in asdict(args).items() if value is not None and name not in IRRELEVANT}

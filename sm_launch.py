@@ -243,19 +243,14 @@ def main(argv=None):
             import sagemaker.train  # noqa: F401
         launch(args, config, hyperparameters)
     except Exception as error:
-        if not is_refusal(error):
+        # A bug keeps its traceback: what Python itself raises, save for OSError, and ValueError, the SDK's word for no.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        by_sdk = frame.f_globals["__name__"].startswith(("sagemaker.", "botocore."))
+        if type(error).__module__ == "builtins" and not isinstance(error, (OSError, ValueError) if by_sdk else OSError):
             raise
         message = str(error) if isinstance(error, UserError) else f"AWS: {one_line(error)}"
         hint = "give --role: " if any(word in message for word in ("IAM role", "assume role", "PassRole")) else ""
         fail(hint + message.split(" Required permissions")[0])  # a list that would be cut
-
-
-def is_refusal(error):
-    """Whether AWS, the network or the SDK says no. Python's own types are bugs, but the SDK says no by ValueError, too."""
-    if type(error) is ValueError:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        return frame.f_globals["__name__"].startswith(("sagemaker.", "botocore."))
-    return isinstance(error, OSError) or type(error).__module__ != "builtins"
 
 
 if __name__ == "__main__":

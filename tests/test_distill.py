@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import importlib.metadata
 import io
 import json
 import math
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import packaging.requirements
 import pytest
 import safetensors.torch
 import torch
@@ -39,6 +41,7 @@ from trainer_way import DistillationTrainer
 
 import data
 import distill
+from data import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -177,6 +180,35 @@ def start_anew(words, cwd=ROOT, **environment):
     return subprocess.run(
         [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def packages_needed(names):
+    """Of the installed packages these, and all that they need: what pip would install."""
+    seen, todo = set(), [(name, ()) for name in names]
+    while todo:
+        name, extras = wanted = todo.pop()
+        if wanted not in seen:
+            seen.add(wanted)
+            package = importlib.metadata.distribution(name)
+            yield package
+            for needed in map(packaging.requirements.Requirement, package.requires or ()):
+                marker = needed.marker
+                if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                    todo.append((needed.name, tuple(needed.extras)))
+
+
+def start_bare(words, folder, packages=("torch", "transformers", "datasets", "tqdm")):
+    """start_anew() with these packages and what they need, linked into the folder: no others can be imported.
+
+    The folder must be called site-packages: code from elsewhere, dill pickles by value.
+    """
+    for package in packages_needed(packages):
+        for name in {file.parts[0] for file in package.files} - {"..", "__pycache__"}:
+            link = folder / name
+            if not link.exists():
+                folder.mkdir(exist_ok=True)
+                link.symlink_to(package.locate_file(name))
+    return start_anew(["-S", *words], PYTHONPATH=str(folder))  # without site-packages
 
 
 DIE = """
@@ -1493,6 +1525,41 @@ def test_too_few_gpus_are_told_before_any_process_connects(monkeypatch, capsys):
     assert "2 processes on this machine, but 1 GPUs: lower --nproc_per_node" in refused([], capsys)
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    """chosen(gpus, name=value, ...): what choose_device() returns where torch sees so many GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made_current.append(device))
+    made_current = []
+
+    def choose(gpus, **environment):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        for name in ("CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        device = distill.choose_device()
+        assert made_current.pop() == device
+        return str(device)
+
+    return choose
+
+
+def test_a_process_takes_a_gpu_of_its_own(chosen):
+    shared, node = {"TORCHELASTIC_RUN_ID": "none"}, {"LOCAL_WORLD_SIZE": "4"}
+    assert chosen(1) == "cuda:0"
+    assert chosen(4, LOCAL_RANK="3", **node, **shared) == "cuda:3"
+    assert chosen(4, LOCAL_RANK="3", CUDA_VISIBLE_DEVICES="0,1,2,3", **node) == "cuda:3"
+    # srun --gpus-per-task=1 or =2, or a wrapper under mpirun: others than its own are hidden from a process.
+    assert chosen(1, LOCAL_RANK="3", CUDA_VISIBLE_DEVICES="0", **node) == "cuda:0"
+    assert chosen(2, LOCAL_RANK="3", CUDA_VISIBLE_DEVICES="6,7", **node) == "cuda:1"
+    assert chosen(1, LOCAL_RANK="3", CUDA_VISIBLE_DEVICES="GPU-8f2c") == "cuda:0"
+    for one in ({}, {"CUDA_VISIBLE_DEVICES": "0"}):  # which torchrun's processes share
+        with pytest.raises(UserError, match="4 processes on this machine, but 1 GPUs: lower --nproc_per_node"):
+            chosen(1, LOCAL_RANK="0", **node, **shared, **one)
+
+
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(tmp_path, monkeypatch, capsys):
     def init():
         raise RuntimeError("the NVIDIA driver on your system is too old")
@@ -1947,3 +2014,44 @@ def test_what_does_not_go_with_a_column(column_command, reviews, flags, message,
 
 def test_a_teacher_is_not_fine_tuned_without_labels(command, capsys):
     assert "has no column 'none'" in refused(command("run", label_column="none", teacher_epochs=1), capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With the packages alone that a run needs: of requirements.txt the SageMaker SDK brings 130 others
+
+EACH = """
+import distill
+for words in {commands}:
+    try:
+        distill.main(words)
+        print("exit code 0", flush=True)
+    except SystemExit as end:
+        print("exit code", end.code, flush=True)
+"""
+
+
+def test_four_packages_are_enough_for_a_run(command, save_tiny, tmp_path):
+    """What else a flag or a model needs is named."""
+    folder = Path(save_tiny("spm", "deberta-v2"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    (folder / "spm.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    needed = {"--n_trials=1": "optuna", "--report_to=tensorboard": "tensorboard", "--hf_token_secret=it": "boto3"}
+    needed |= {f"--student_id={folder}": "sentencepiece"}
+    commands = [command("run"), *([*command("refused"), flag] for flag in needed)]
+    finished = start_bare(["-c", EACH.format(commands=commands)], tmp_path / "site-packages")
+    assert re.findall("exit code (.*)", finished.stdout) == ["0", "2", "2", "2", "2"], finished.stderr
+    assert results(tmp_path / "run")["student"]["test_accuracy"] >= 0
+    lines = [line for line in finished.stderr.splitlines() if "error: " in line]
+    assert all(name in line for name, line in zip(needed.values(), lines, strict=True)), lines
+
+
+def test_bench_needs_scipy_too(command, tmp_path):
+    flags = dict(zip(*[iter(command("run"))] * 2, strict=True))
+    words = ["bench.py", "--output", str(tmp_path / "bench.json"), "--min_run_time", "0.001", "--lengths", "real"]
+    words += [word for name in ("--teacher_id", "--student_id", "--dataset_id") for word in (name, flags[name])]
+    refused = start_bare(words, tmp_path / "site-packages")
+    assert refused.returncode == 2 and "pip install scipy" in refused.stderr and refused.stderr.count("\n") == 1
+    finished = start_bare(words, tmp_path / "site-packages", ["scipy"])
+    assert finished.returncode == 0, finished.stderr
+    assert "accuracy" in finished.stdout

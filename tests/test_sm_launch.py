@@ -180,7 +180,33 @@ def test_every_flag_reaches_the_request(aws):
     assert re.fullmatch(r"x{48}-\d{14}", request["TrainingJobName"])
     [channel] = [channel for channel in request["InputDataConfig"] if channel["ChannelName"] == "training"]
     assert channel["DataSource"]["S3DataSource"]["S3Uri"] == "s3://data/reviews/"  # a prefix: not reviews-old/
-    assert request["HyperParameters"] == {"label_column": "stars", "dataset_id": "/opt/ml/input/data/training"}
+    sent = {"label_column": "stars", "dataset_id": "/opt/ml/input/data/training", "save_minutes": "2.0"}
+    assert request["HyperParameters"] == sent
+
+
+@pytest.mark.parametrize(
+    ("address", "in_the_request", "dataset_id"),
+    [
+        ("s3://mine/all", "s3://mine/all/", ""),  # a prefix: with the slash it is not that of all-old/, too
+        ("s3://mine/reviews.csv", "s3://mine/reviews.csv", "/reviews.csv"),
+        ("s3://mine/v1.2/Reviews.JSONL", "s3://mine/v1.2/Reviews.JSONL", "/Reviews.JSONL"),
+        ("s3://mine/reviews.csv/", "s3://mine/reviews.csv/", ""),
+        ("s3://mine", "s3://mine/", ""),
+    ],
+)
+def test_train_data_is_a_folder_or_a_file(aws, address, in_the_request, dataset_id):
+    request = aws("--train_data", address)
+    channels = {channel["ChannelName"]: channel["DataSource"] for channel in request["InputDataConfig"]}
+    assert channels["training"]["S3DataSource"]["S3Uri"] == in_the_request
+    assert request["HyperParameters"] == {"dataset_id": f"/opt/ml/input/data/training{dataset_id}"}
+
+
+def test_a_spot_job_saves_every_two_minutes_unless_told_otherwise(aws):
+    """A job is killed without a signal: SageMaker's bash passes none on."""
+    assert aws("--spot")["HyperParameters"] == {"save_minutes": "2.0"}
+    assert aws("--spot", "--", "--save_minutes", "30")["HyperParameters"] == {"save_minutes": "30.0"}
+    assert not aws("--spot", "--", "--save_minutes=10")["HyperParameters"]  # the default
+    assert not aws()["HyperParameters"]
 
 
 def hyperparameters_of(command):
@@ -219,7 +245,9 @@ def test_a_value_that_would_change_on_its_way_is_refused(value, capsys):
         hyperparameters_of(shlex.join(["--", f"--label_column={value}"]))
 
 
-@pytest.mark.parametrize("value", ["1.1", "10", "null", "a,b", "[a]", "007", "", "train[:90%]", 'say "a"', "1000.0"])
+@pytest.mark.parametrize(
+    "value", ["1.1", "10", "null", "a,b", "[a]", "007", "", "train[:90%]", 'say "a"', "1000.0", "a-b", "x" * 2500]
+)
 def test_a_value_that_arrives_is_sent(value):
     sent = hyperparameters_of(shlex.join(["--", f"--label_column={value}"]))
     assert distill.parse_args(command_in_the_job(sent)).label_column == value
@@ -250,6 +278,7 @@ def test_only_the_same_command_and_code_finds_its_checkpoints(aws, tmp_path, mon
     its_folder, search = folder(command), folder(command + " --n_trials 5")
     assert folder("--max_hours 9 " + command) == its_folder
     assert folder(command + " --n_trials 50") == search
+    assert folder(command + " --save_minutes 2 --log_steps 10") == its_folder
     others = (command + "5", command.replace("data/a", "data/b"), "--instance_count 2 " + command)
     assert len({its_folder, search, *map(folder, others)}) == 5
     copy_code(tmp_path / "copy")
@@ -323,15 +352,23 @@ def refusal(capsys, monkeypatch):
     [
         ("-- --temparature 4", "--temparature"),
         ("-- --epochs many", "invalid int value"),
-        ("--alpha 0.3", "--alpha"),
+        ("--spot --alpha 0.3", "--alpha: distill.py's flags go after a bare --"),
+        ("--epochs=3 --demo -- --alpha 0.3", "--epochs=3 --demo: distill.py's flags go after a bare --"),
+        ("-- --alpha 0.3 --spot", "--spot: distill.py's flags go after a bare --, sm_launch.py's before it"),
+        ("--alhpa 0.3", "unrecognized arguments: --alhpa 0.3"),
         ("--instance_count 0", "at least 1"),
         ("--volume_gb 0", "at least 1"),
         ("--max_hours 0", "above 0"),
         (f"--job_name {'x' * 49}", "at most 48"),
+        ("--job_name 'my run'", "at most 48 letters, digits and hyphens"),
+        ("--job_name my_run", "at most 48 letters, digits and hyphens"),
+        ("--job_name=-run", "at most 48 letters, digits and hyphens"),
         ("--output results", "s3://bucket/folder"),
         ("--output s3://mine//results", "s3://bucket/folder"),
         ("--train_data s3://mine/reviews//", "s3://bucket/folder"),
         ("--train_data ./reviews", "s3://bucket/folder"),
+        ("--train_data s3://", "s3://bucket/folder"),
+        ("--train_data s3://mine/reviews.csv.gz", "must end with /, or with one of .csv, "),
         ("--train_data s3://data -- --dataset_id imdb", "leave one of them out"),
         ("-- --output_dir x", "leave them out"),
         ("-- --checkpoint_dir x", "leave them out"),
@@ -339,6 +376,8 @@ def refusal(capsys, monkeypatch):
         ("-- --unlabeled_id here.csv", "--train_data"),
         ("-- --teacher_id /opt/ml/input/data/training/teacher", "--train_data"),
         ("-- --label_column 1.10", "rename it"),
+        ('--train_data "s3://mine/it\'s.csv"', "rename it"),
+        (f"-- --teacher_column {','.join(['score'] * 500)}", "--teacher_column: more than the 2,500 characters"),
         ("-- --hub_model_id me/it", "--hf_token_secret"),
     ],
 )
@@ -365,6 +404,43 @@ def test_refused_before_any_call(no_aws, calls, refusal, argv, message):
 def test_no_region(no_aws, refusal, monkeypatch):
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     assert "region" in refusal([])
+
+
+@pytest.mark.parametrize(
+    ("flag", "boto", "other", "used"),
+    [
+        ("", None, "eu-west-1", "eu-west-1"),  # of the tools that read AWS_REGION boto is none
+        ("", "us-west-2", "eu-west-1", "us-west-2"),
+        ("--region=us-east-2", None, "eu-west-1", "us-east-2"),
+        ("--region=us-east-2", "us-west-2", "eu-west-1", "us-east-2"),
+    ],
+)
+def test_the_region_comes_from_the_flag_or_the_environment(aws, monkeypatch, tmp_path, flag, boto, other, used):
+    (tmp_path / "config").write_text("[default]\nregion = sa-east-1\n")  # what is in the environment goes before it
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_REGION", other)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", boto) if boto else monkeypatch.delenv("AWS_DEFAULT_REGION")
+    request = aws(*filter(None, [flag]))
+    assert f".{used}." in request["AlgorithmSpecification"]["TrainingImage"]
+    assert boto3.client("sagemaker", region_name=used).list_training_jobs()["TrainingJobSummaries"]
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_bucket_that_does_not_exist_is_not_made(aws, refusal, calls, tmp_path, configured):
+    session = {"DefaultS3Bucket": "my-bukcet"} if configured else {}
+    sdk = {"PythonSDK": {"Modules": {"Session": session}}}
+    (tmp_path / "sdk.yaml").write_text(yaml.dump({"SchemaVersion": "1.0", "SageMaker": sdk}))
+    argv = [] if configured else ["--bucket", "my-bukcet"]
+    assert "cannot use the bucket my-bukcet: " in refusal(["--role", ROLE, *argv])
+    assert not {operation for operation, _ in calls} & {"CreateBucket", "PutObject", "CreateTrainingJob"}
+    boto3.client("s3").create_bucket(Bucket="my-bukcet")
+    assert aws(*argv)["OutputDataConfig"]["S3OutputPath"] == "s3://my-bukcet/distill"
+
+
+def test_without_the_sdk(no_aws, refusal, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("boto3", "sagemaker")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "error: this needs the SageMaker SDK, pip install sagemaker: " in refusal([])
 
 
 def test_no_role(aws, refusal):
@@ -402,6 +478,32 @@ def test_what_aws_refuses_is_one_line(aws, refusal, aws_refuses):
     aws_refuses("CreateTrainingJob", client_error("ResourceLimitExceeded", message))
     error = refusal(["--role", "trainer"])
     assert message.rstrip(".") in error and "--role" not in error
+
+
+@pytest.mark.parametrize(
+    ("configuration", "reason"), [("SageMaker: 7", "7 is not of type 'object'"), ("a: [", "while parsing a flow node")]
+)
+def test_a_damaged_configuration_of_the_sdk_is_one_line(aws, refusal, tmp_path, configuration, reason):
+    (tmp_path / "sdk.yaml").write_text(f"SchemaVersion: '1.0'\n{configuration}")
+    assert f"error: AWS: {reason}" in refusal(["--role", "trainer"])
+
+
+@pytest.mark.parametrize(
+    "error", [botocore.exceptions.EndpointConnectionError(endpoint_url="https://aws"), ConnectionResetError("reset")]
+)
+def test_a_lost_network_is_one_line(aws, refusal, aws_refuses, error):
+    aws_refuses("CreateTrainingJob", error)
+    assert f"error: AWS: {error}" in refusal(["--role", "trainer"]).replace('"\n', '"')
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, ValueError, ZeroDivisionError, RuntimeError])
+def test_a_bug_keeps_its_traceback(aws, monkeypatch, error):
+    def make(*_):
+        raise error("of ours")
+
+    monkeypatch.setattr(sm_launch, "make_trainer", make)
+    with pytest.raises(error, match="of ours"):
+        aws()
 
 
 def test_a_role_that_sagemaker_cannot_use(aws, refusal, aws_refuses):
@@ -684,12 +786,40 @@ def hub(tmp_path, save_tiny):
         yield hub
 
 
+@pytest.fixture
+def token_in(aws, tmp_path, monkeypatch):
+    """token_in(secret): the token that a job finds, where Secrets Manager has this."""
+    monkeypatch.setenv("HF_TOKEN", "another")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+    def read(secret):
+        boto3.client("secretsmanager").create_secret(Name="hub-token", SecretString=secret)
+        args = distill.parse_args(["--hf_token_secret", "hub-token", "--output_dir", str(tmp_path / "outputs")])
+        with contextlib.ExitStack() as held:
+            distill.check_before_start(args, "cpu", held)
+        return os.environ["HF_TOKEN"]
+
+    return read
+
+
+@pytest.mark.parametrize("secret", ["hf_it", " hf_it\n", '{"HF_TOKEN": "hf_it"}', '\n{"token": " hf_it"}\n'])
+def test_the_secret_is_the_token_or_has_it_as_its_only_value(token_in, secret):
+    assert token_in(secret) == "hf_it"
+
+
+@pytest.mark.parametrize("secret", ['{"HF_TOKEN": "hf_it", "old": "hf_old"}', "{}", '{"HF_TOKEN": 7}', '{"HF": "hf_'])
+def test_a_secret_without_one_token(token_in, secret):
+    with pytest.raises(UserError, match="cannot read one token in the secret hub-token; ") as error:
+        token_in(secret)
+    assert os.environ["HF_TOKEN"] == "another" and "hf_" not in str(error.value)
+
+
 def test_the_job_runs_is_interrupted_resumes_and_pushes(aws, moto_server, hub, reviews_folder, tmp_path, capsys):
     """Two processes, first on two machines, then on one with two "GPUs".
 
     The Hub's token comes from Secrets Manager, and is seen nowhere else.
     """
-    boto3.client("secretsmanager").create_secret(Name="hub-token", SecretString=TOKEN)
+    boto3.client("secretsmanager").create_secret(Name="hub-token", SecretString=json.dumps({"HF_TOKEN": TOKEN}))
     s3 = boto3.client("s3")
     s3.create_bucket(Bucket="reviews")
     for path in Path(reviews_folder).iterdir():
