@@ -1520,6 +1520,7 @@ def test_too_few_gpus_are_told_before_any_process_connects(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "2 processes on this machine, but 1 GPUs: lower --nproc_per_node" in refused([], capsys)
@@ -2047,9 +2048,8 @@ def test_four_packages_are_enough_for_a_run(command, save_tiny, tmp_path):
 
 
 def test_bench_needs_scipy_too(command, tmp_path):
-    flags = dict(zip(*[iter(command("run"))] * 2, strict=True))
-    words = ["bench.py", "--output", str(tmp_path / "bench.json"), "--min_run_time", "0.001", "--lengths", "real"]
-    words += [word for name in ("--teacher_id", "--student_id", "--dataset_id") for word in (name, flags[name])]
+    words = ["bench.py", *command("run")[:6], "--output", str(tmp_path / "bench.json"), "--min_run_time", "0.001"]
+    words += ["--batch_sizes", "1", "--lengths", "real"]
     refused = start_bare(words, tmp_path / "site-packages")
     assert refused.returncode == 2 and "pip install scipy" in refused.stderr and refused.stderr.count("\n") == 1
     finished = start_bare(words, tmp_path / "site-packages", ["scipy"])
