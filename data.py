@@ -85,6 +85,16 @@ KNOWN_TEXT_COLUMNS = (
 )
 
 NO_LABEL = -100  # cross_entropy's own ignore_index
+TWO = "a classifier needs two classes"
+
+
+@dataclass
+class Labels:
+    """A split's column of labels as it stands."""
+
+    names: list  # the different ones: a ClassLabel's in its order, else sorted; none without a column
+    places: np.ndarray  # [N], each row's place among the names; -1 where it has none
+    where: str  # what messages call the split
 
 
 @dataclass
@@ -127,40 +137,34 @@ def load_splits(
         teacher_columns: where a teacher's answers lie, see read_answers().
         teacher_classes: the class names of a teacher that is a model.
 
-    Returns (splits, class_names): role to Split, and the names in the order of the label ids: a ClassLabel's, else the
-    training labels, sorted, or where there are none the teacher's. Raises UserError.
+    Returns (splits, class_names): role to Split, and the names in the order of the label ids, see choose_classes().
+    Raises UserError.
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
-    splits, class_names, known = {}, teacher_classes, None
+    texts, labels, answers, splits = {}, {}, {}, {}
     may_lack_labels = teacher_columns or teacher_classes
     for role, name in split_names.items():  # the training split comes first
         if role == "eval" and name == "validation" and os.path.isfile(os.path.expanduser(dataset_id)):
-            splits |= hold_out(splits["train"])
-            continue
+            continue  # it is held out below
         table, where = read_split(dataset_id, dataset_config, name)
         text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
         check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
         given_away = {label_column, *teacher_columns}.intersection(text_columns)
         check(not given_away, f"--text_columns: {listed(given_away)} holds what the student is to learn")
-        texts = select_texts(table, text_columns, where)
+        texts[role] = select_texts(table, text_columns, where)
         for column in text_columns:
-            row = pc.index(matches(texts, column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to be seen
+            row = pc.index(matches(texts[role], column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to see
             check(not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row")
-        names, places = [], np.full(len(table), -1)
-        if label_column in table.column_names or not may_lack_labels:
-            names, places = read_labels(table, label_column, where)
-        if role == "train" and names:
-            check(len(set(names)) > 1, f"every label in {where} is '{names[0]}': a classifier needs two classes")
-            own = classes_of(names, table.features[label_column], where)
-            class_names, order = adopt_classes(teacher_classes, own) if teacher_classes else (own, range(len(own)))
-            known = {name: i for name, i in zip(own, order, strict=True) if name in names}
-        answers, class_names = read_answers(table, teacher_columns, class_names, where)
-        # Where the classes are the teacher's, the labels may be spelled otherwise.
-        index = known or {name: i for i, name in enumerate(class_names)} | match_names(set(names), class_names)
-        splits[role] = Split(texts, label_ids(names, places, index, where), answers)
-        may_lack_labels = NO_LABEL in splits["train"].labels
+        labels[role] = read_labels(table, label_column, where, may_lack_labels)
+        answers[role] = read_answers(table, teacher_columns, labels["train"].names, where)
+        may_lack_labels = not labels["train"].names
+    class_names, index = choose_classes(labels, answers["train"], teacher_classes)
+    for role in texts:
+        logits = answers[role] and answer_logits(*answers[role], class_names)
+        splits[role] = Split(texts[role], label_ids(labels[role], index), logits)
+    splits |= hold_out(splits["train"]) if split_names.keys() > splits.keys() else {}
     if may_lack_labels and label_column != "none":
-        check(any(NO_LABEL not in split.labels for split in splits.values()), no_column(label_column, table, where))
+        check(any(its.names for its in labels.values()), no_column(label_column, table, where))
         print(f"the training split has no column '{label_column}': its labels are the teacher's alone")
     elif teacher_columns and not may_lack_labels:
         compare_orders(splits["train"], class_names)
@@ -168,16 +172,35 @@ def load_splits(
     return splits, class_names
 
 
-def label_ids(names, places, index, where):
-    """What read_labels() gives as class indices [N]; NO_LABEL where the place is -1."""
-    unknown = [place for place, name in enumerate(names) if name not in index]
-    if unknown:
-        name, row = names[unknown[0]], (places == unknown[0]).argmax() + 1
-        hidden = " (hidden, as in GLUE's test splits)" if name == "-1" else ""
-        raise UserError(f"label '{name}'{hidden} in {where}, row {row}, does not occur in training: {listed(index)}")
-    if len({index[name] for name in names}) == 1:
-        raise UserError(f"every label in {where} is '{names[0]}': shuffle the file before it is cut into splits")
-    return torch.from_numpy(np.array([*(index[name] for name in names), NO_LABEL])[places])
+def choose_classes(labels, answers, teacher_classes):
+    """Decide the class names, in order, and the index among them of every label. Raises UserError.
+
+    The names are the training labels': a ClassLabel's in its order, else sorted; in the order of a teacher that is a
+    model. If training has no labels they are that teacher's, else those of the training split's answers.
+    """
+    train = labels["train"]
+    if train.names:
+        own, learned = train.names, {train.names[place] for place in np.unique(train.places)}
+        check(len(learned) > 1, f"every label in {train.where} is '{max(learned)}': {TWO}")
+        class_names, order = adopt_classes(teacher_classes, own) if teacher_classes else (own, range(len(own)))
+        return class_names, {name: i for name, i in zip(own, order, strict=True) if name in learned}
+    class_names = teacher_classes or answer_classes(*answers)
+    names = set(chain.from_iterable(its.names for its in labels.values()))
+    return class_names, {name: i for i, name in enumerate(class_names)} | match_names(names, class_names)
+
+
+def label_ids(labels, index):
+    """Labels as class indices [N]; NO_LABEL where the split has none."""
+    ids = np.array([*(index.get(name, -1) for name in labels.names), NO_LABEL])[labels.places]
+    if -1 in ids:
+        row = (ids == -1).argmax()
+        name = labels.names[labels.places[row]]
+        place = (" (hidden, as in GLUE's test splits)" if name == "-1" else "") + f" in {labels.where}, row {row + 1}"
+        raise UserError(f"label '{name}'{place}, does not occur in training: {listed(index)}")
+    if labels.names and (ids == ids[0]).all():
+        alike = f"every label in {labels.where} is '{labels.names[labels.places[0]]}'"
+        raise UserError(f"{alike}: shuffle the file before it is cut into splits")
+    return torch.from_numpy(ids)
 
 
 def no_column(column, table, where):
@@ -218,8 +241,10 @@ def select_texts(table, names, where):
     return table.select_columns(list(names))
 
 
-def read_labels(table, label_column, where):
-    """The different labels as strings, and each row's place among them ([N] numpy integers)."""
+def read_labels(table, label_column, where, may_lack):
+    """A split's Labels. Raises UserError where some rows have none, or all, unless may_lack."""
+    if may_lack and label_column not in table.column_names:
+        return Labels([], np.full(len(table), -1), where)
     check(label_column in table.column_names, no_column(label_column, table, where))
     labels, kind = column_of(table, label_column), kind_of(table, label_column)
     check(kind != "lists", f"several labels per text in {where}: this trains on one per text")
@@ -230,11 +255,14 @@ def read_labels(table, label_column, where):
     check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
     labels = pc.fill_null(labels.cast(pa.string()), "")
     stored = pc.unique(labels)
-    names, places = [spelled(name) for name in stored.to_pylist()], pc.index_in(labels, stored).to_numpy()
-    if "" in names:
-        row = (places == names.index("")).argmax() + 1
+    found, places = [spelled(name) for name in stored.to_pylist()], pc.index_in(labels, stored).to_numpy()
+    if "" in found:
+        row = (places == found.index("")).argmax() + 1
         raise UserError(f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
-    return names, places
+    feature = table.features[label_column]
+    its = [spelled(name) for name in feature.names] if isinstance(feature, datasets.ClassLabel) else ()
+    names = [*its, *sorted_classes({*found}.difference(its), where)]
+    return Labels(names, np.array([names.index(name) for name in found])[places], where)
 
 
 def spelled(name):
@@ -258,11 +286,9 @@ def kind_of(table, name):
     return next((word for test, word in said.items() if getattr(pa.types, f"is_{test}")(its)), str(its))
 
 
-def classes_of(names, feature, where):
-    """The class names in order: a ClassLabel's own, else numbers by size and others by alphabet."""
-    if isinstance(feature, datasets.ClassLabel):
-        return [spelled(name) for name in feature.names]
-    names = sorted(set(names))
+def sorted_classes(names, where):
+    """Class names: numbers by size and others by alphabet."""
+    names = sorted(names)
     if all(re.fullmatch(r"-?\d+(\.0*)?", name) for name in names):
         names.sort(key=float)  # 2 before 10
     folded = {}
@@ -310,7 +336,8 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", 
     if len(wanted) == 1 and wanted[0] not in table.column_names:
         found = prose(table, teacher_columns)
         names = found if len(found) == 1 else wanted  # a single text column may have another name here
-    answers, _ = read_answers(table, teacher_columns, class_names, where)
+    answers = read_answers(table, teacher_columns, class_names, where)
+    answers = answers and answer_logits(*answers, class_names)
     texts = select_texts(table, names, where).rename_columns(dict(zip(names, wanted, strict=True)))
     scored = set(chain.from_iterable(normalized(split.texts) for role, split in splits.items() if role != "train"))
     copied, empty = "also in eval or test", "empty"
@@ -345,17 +372,20 @@ LOG_ZERO = math.log(1e-8)  # stands for the logarithm of a probability of 0
 def read_answers(table, columns, class_names, where):
     """Read a teacher's answers: a column of lists, dictionaries or class names, or C columns of numbers.
 
-    Returns (logits, class names): [N, C] float32, or None where no columns are named. If class_names is None, they are
-    the column's own, sorted; those of a list without names are 0 to C - 1. Raises UserError.
+    Returns N dictionaries {class name, or place in a list: number}, and what messages call them; None where no columns
+    are named. A column's class is that of class_names in which its name ends. Raises UserError.
     """
     if not columns:
-        return None, class_names
+        return None
     for column in columns:
         check(column in table.column_names, no_column(column, table, where))
-    ends = [[name for name in class_names or [] if column.casefold().endswith(name.casefold())] for column in columns]
+    ends = [[name for name in class_names if column.casefold().endswith(name.casefold())] for column in columns]
     prefix = re.match(r".*[_\-. ]|", os.path.commonprefix(columns))[0]  # noqa: RUF071, prob_ of prob_joy and prob_fear
     names = [max(end, key=len, default=its[len(prefix) :]) for end, its in zip(ends, columns, strict=True)]
     where = f"{where}, column '{','.join(columns)}'"
+    fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names or names)
+    known = f"the classes are {listed(class_names)}"
+    check(fits, f"{where}: each class needs a column that is named like it, or ends in it; {known}")
     cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
     answers = []
     for values in zip(*cells, strict=True):
@@ -367,17 +397,27 @@ def read_answers(table, columns, class_names, where):
     if {} in answers:
         missing = f"{answers.count({}):,} rows have no answer, first row {answers.index({}) + 1}"
         raise UserError(f"{where}: {missing}: fill or remove them")
+    return answers, where
 
-    named = [name for name in dict.fromkeys(chain.from_iterable(answers)) if isinstance(name, str)]
-    if class_names is None:
-        class_names = classes_of(named, None, where) if named else [str(place) for place in answers[0]]
-        check(len(class_names) > 1, f"{where}: every answer is '{class_names[0]}': a classifier needs two classes")
-        few = not named or len(class_names) <= max(10, len(answers) / 2)
-        check(few, f"{where}: {len(class_names):,} different answers in {len(answers):,} rows are no class names")
+
+def names_in(answers):
+    return [name for name in dict.fromkeys(chain.from_iterable(answers)) if isinstance(name, str)]
+
+
+def answer_classes(answers, where):
+    """The classes that answers name, sorted; those of lists are 0 to C - 1. Raises UserError."""
+    named = names_in(answers)
+    class_names = sorted_classes(named, where) if named else [str(place) for place in answers[0]]
+    check(len(class_names) > 1, f"{where}: every answer is '{class_names[0]}': {TWO}")
+    few = not named or len(class_names) <= max(10, len(answers) / 2)
+    check(few, f"{where}: {len(class_names):,} different answers in {len(answers):,} rows are no class names")
+    return class_names
+
+
+def answer_logits(answers, where, class_names):
+    """Answers as logits, [N, C] float32. Raises UserError."""
+    named, known = names_in(answers), f"the classes are {listed(class_names)}"
     index = match_names(named, class_names) | {place: place for place in range(len(class_names))}
-    known = f"the classes are {listed(class_names)}"
-    fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names)
-    check(fits, f"{where}: each class needs a column that is named like it, or ends in it; {known}")
     numbers = np.full((len(answers), len(class_names)), np.nan)
     for row, answer in enumerate(answers):
         if 0 in answer and len(answer) != len(class_names):  # a list
@@ -389,7 +429,7 @@ def read_answers(table, columns, class_names, where):
     logits, kind = as_logits(numbers, where)
     order = "by name" if named else f"assumed to be in the order {listed(class_names)}"
     print(f"the teacher's answers in {where}: {kind}, {order}")
-    return logits, class_names
+    return logits
 
 
 def read_answer(values, names):
