@@ -14,8 +14,10 @@ import json
 import math
 import os
 import re
+import tempfile
 import unicodedata
 from array import array
+from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -34,6 +36,10 @@ class UserError(Exception):
 
     def __init__(self, message):
         super().__init__(message if len(message) <= 500 else message[:500] + " …")
+
+
+class NoSplit(UserError):
+    """Local data without the split that is asked for."""
 
 
 def check(condition, message):
@@ -75,26 +81,17 @@ def listed(names):
 # --- Text and labels -------------------------------------------------------------------------------------------------
 
 # The text columns of well-known data sets, pairs first: QNLI's "sentence" is only half of its example.
-KNOWN_TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("sentence",),
-    ("text",),
-)
+KNOWN_TEXT_COLUMNS = [names.split() for names in (
+    "sentence1 sentence2", "question1 question2", "premise hypothesis", "question sentence", "sentence", "text",
+)]  # fmt: skip
 
 NO_LABEL = -100  # cross_entropy's own ignore_index
-TWO = "a classifier needs two classes"
+WHOLE = r"[-+]?\d+(\.0*)?"  # a whole number, as tables have it
 
 
-@dataclass
-class Labels:
-    """A split's column of labels as it stands."""
-
-    names: list  # the different ones: a ClassLabel's in its order, else sorted; none without a column
-    places: np.ndarray  # [N], each row's place among the names; -1 where it has none
-    where: str  # what messages call the split
+# A split's labels as they stand: the different names, a ClassLabel's in its order, else sorted (none without a column);
+# each row's place among them ([N], -1 where it has no label); and what messages call the split.
+Labels = namedtuple("Labels", "names places where")
 
 
 @dataclass
@@ -144,30 +141,37 @@ def load_splits(
     texts, labels, answers, splits = {}, {}, {}, {}
     may_lack_labels = teacher_columns or teacher_classes
     for role, name in split_names.items():  # the training split comes first
-        if role == "eval" and name == "validation" and os.path.isfile(os.path.expanduser(dataset_id)):
+        try:
+            table, where = read_split(dataset_id, dataset_config, name)
+        except NoSplit:
+            if (role, name) != ("eval", "validation"):
+                raise
             continue  # it is held out below
-        table, where = read_split(dataset_id, dataset_config, name)
         text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
         check(len(text_columns) == len(set(text_columns)) <= 2, "--text_columns: one or two column names")
         given_away = {label_column, *teacher_columns}.intersection(text_columns)
         check(not given_away, f"--text_columns: {listed(given_away)} holds what the student is to learn")
         texts[role] = select_texts(table, text_columns, where)
-        for column in text_columns:
-            row = pc.index(matches(texts[role], column, r"[^\s\p{Cc}\p{Cf}\pZ]"), False).as_py() + 1  # nothing to see
-            check(not row, f"empty text in {where}, column '{column}', row {row}: fill it or remove the row")
+        visible = [matches(texts[role], column, r"[^\s\p{Cc}\p{Cf}\pZ]") for column in text_columns]
+        row = pc.index(functools.reduce(pc.or_, visible), False).as_py() + 1
+        empty = f"empty text in {where}, column '{','.join(text_columns)}', row {row}"
+        check(not row, f"{empty}: fill it or remove the row")
         labels[role] = read_labels(table, label_column, where, may_lack_labels)
-        answers[role] = read_answers(table, teacher_columns, labels["train"].names, where)
+        only_labels = role != "train" and labels[role].names and not {*teacher_columns}.intersection(table.column_names)
+        answers[role] = None if only_labels else read_answers(table, teacher_columns, labels["train"].names, where)
         may_lack_labels = not labels["train"].names
     class_names, index = choose_classes(labels, answers["train"], teacher_classes)
     for role in texts:
         logits = answers[role] and answer_logits(*answers[role], class_names)
         splits[role] = Split(texts[role], label_ids(labels[role], index), logits)
+        gold = np.flatnonzero(labels[role].places >= 0)
+        if 0 < len(gold) < len(texts[role]):
+            print(f"{labels[role].where}: {len(texts[role]) - len(gold):,} rows without a label (-1) are left out")
+            splits[role] = splits[role].select(gold)
     splits |= hold_out(splits["train"]) if split_names.keys() > splits.keys() else {}
     if may_lack_labels and label_column != "none":
         check(any(its.names for its in labels.values()), no_column(label_column, table, where))
         print(f"the training split has no column '{label_column}': its labels are the teacher's alone")
-    elif teacher_columns and not may_lack_labels:
-        compare_orders(splits["train"], class_names)
     check_scored(splits, split_names, class_names)
     return splits, class_names
 
@@ -175,31 +179,35 @@ def load_splits(
 def choose_classes(labels, answers, teacher_classes):
     """Decide the class names, in order, and the index among them of every label. Raises UserError.
 
-    The names are the training labels': a ClassLabel's in its order, else sorted; in the order of a teacher that is a
-    model. If training has no labels they are that teacher's, else those of the training split's answers.
+    The names are those of the training labels, a ClassLabel's in its order, else sorted. If training has no labels,
+    they are the names of the teacher's outputs, or those in its answers, sorted, which other splits' labels may spell
+    otherwise. In any case a teacher that is a model gives the order.
     """
     train = labels["train"]
     if train.names:
-        own, learned = train.names, {train.names[place] for place in np.unique(train.places)}
-        check(len(learned) > 1, f"every label in {train.where} is '{max(learned)}': {TWO}")
-        class_names, order = adopt_classes(teacher_classes, own) if teacher_classes else (own, range(len(own)))
-        return class_names, {name: i for name, i in zip(own, order, strict=True) if name in learned}
-    class_names = teacher_classes or answer_classes(*answers)
-    names = set(chain.from_iterable(its.names for its in labels.values()))
-    return class_names, {name: i for i, name in enumerate(class_names)} | match_names(names, class_names)
+        own, learned = train.names, {train.names[place] for place in np.unique(train.places) if place >= 0}
+        theirs = teacher_classes or own
+    else:
+        learned = set(chain.from_iterable(its.names for its in labels.values()))
+        own = next((its.names for its in labels.values() if learned == {*its.names}), sorted(learned))
+        theirs = teacher_classes or answer_classes(*answers)
+    one = [*learned] if train.names else theirs
+    check(len(one) > 1, f"every label in {train.where} is '{one[0]}': a classifier needs two classes")
+    class_names, order = adopt_classes(theirs, own)
+    return class_names, {name: i for name, i in zip(own, order, strict=True) if name in learned}
 
 
 def label_ids(labels, index):
-    """Labels as class indices [N]; NO_LABEL where the split has none."""
-    ids = np.array([*(index.get(name, -1) for name in labels.names), NO_LABEL])[labels.places]
+    """Labels as class indices [N]; NO_LABEL where the place is -1. Raises UserError."""
+    names, places, where = labels
+    ids = np.array([*(index.get(name, -1) for name in names), NO_LABEL])[places]
     if -1 in ids:
         row = (ids == -1).argmax()
-        name = labels.names[labels.places[row]]
-        place = (" (hidden, as in GLUE's test splits)" if name == "-1" else "") + f" in {labels.where}, row {row + 1}"
-        raise UserError(f"label '{name}'{place}, does not occur in training: {listed(index)}")
-    if labels.names and (ids == ids[0]).all():
-        alike = f"every label in {labels.where} is '{labels.names[labels.places[0]]}'"
-        raise UserError(f"{alike}: shuffle the file before it is cut into splits")
+        hidden = " (hidden, as in GLUE's test splits)" if names[places[row]] == "-1" else ""
+        unknown = f"label '{names[places[row]]}'{hidden} in {where}, row {row + 1}"
+        raise UserError(f"{unknown}, does not occur in training: {listed(index)}")
+    alike = len(np.unique(ids[ids != NO_LABEL])) == 1 and f"every label in {where} is '{names[max(places)]}'"
+    check(not alike, f"{alike}: shuffle the file before it is cut into splits")
     return torch.from_numpy(ids)
 
 
@@ -216,7 +224,7 @@ def find_text_columns(table, known, where):
     """The names of the text columns: well-known ones, else the only column of text."""
     for names in KNOWN_TEXT_COLUMNS:
         if set(names) <= set(table.column_names) - set(known):
-            return list(names)
+            return names
     found = prose(table, known)
     check(len(found) == 1, no_column("text", table, where))
     return found
@@ -233,12 +241,13 @@ def matches(table, name, pattern):
 
 
 def select_texts(table, names, where):
-    """The text columns alone. Raises UserError for one that is missing, or holds something else."""
+    """The text columns alone, "" where there is none. Raises UserError for one that is missing or no text."""
     for name in names:
         check(name in table.column_names, no_column(name, table, where))
         kind = kind_of(table, name)
         check(kind == "text", f"column '{name}' in {where} holds {kind}, not text: use --text_columns")
-    return table.select_columns(list(names))
+    columns = {name: pc.fill_null(column_of(table, name).cast(pa.large_string()), "") for name in names}
+    return datasets.Dataset(pa.table(columns), fingerprint="texts")  # by default it hashes all text
 
 
 def read_labels(table, label_column, where, may_lack):
@@ -259,10 +268,13 @@ def read_labels(table, label_column, where, may_lack):
     if "" in found:
         row = (places == found.index("")).argmax() + 1
         raise UserError(f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
+    if all(re.fullmatch(WHOLE, name) for name in found):
+        found = [folded(name) for name in found]  # 1.0 is 1, as where tables are merged
     feature = table.features[label_column]
-    its = [spelled(name) for name in feature.names] if isinstance(feature, datasets.ClassLabel) else ()
-    names = [*its, *sorted_classes({*found}.difference(its), where)]
-    return Labels(names, np.array([names.index(name) for name in found])[places], where)
+    class_label = isinstance(feature, datasets.ClassLabel) and {*found} != {"-1"}  # as if it were a name
+    names = [spelled(name) for name in feature.names] if class_label else sorted_classes({*found}, where)
+    order = {name: place for place, name in enumerate(names)}
+    return Labels(names, np.array([order.get(name, -1) for name in found])[places], where)
 
 
 def spelled(name):
@@ -289,13 +301,18 @@ def kind_of(table, name):
 def sorted_classes(names, where):
     """Class names: numbers by size and others by alphabet."""
     names = sorted(names)
-    if all(re.fullmatch(r"-?\d+(\.0*)?", name) for name in names):
+    if all(re.fullmatch(WHOLE, name) for name in names):
         names.sort(key=float)  # 2 before 10
-    folded = {}
+    twins = {}
     for name in names:
-        twin = folded.setdefault(normalize(name), name)
-        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ by case alone: spell them alike")
+        twin = twins.setdefault(folded(name), name)
+        check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ in spelling alone: spell them alike")
     return names
+
+
+def folded(name):
+    """What the spellings of a class name share: case, blanks and a whole number's decimals do not count."""
+    return name.partition(".")[0].lstrip("+") if re.fullmatch(WHOLE, name) else normalize(name)
 
 
 def hold_out(split):
@@ -336,16 +353,17 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", 
     if len(wanted) == 1 and wanted[0] not in table.column_names:
         found = prose(table, teacher_columns)
         names = found if len(found) == 1 else wanted  # a single text column may have another name here
+    way = "train a first student without --unlabeled_id, which labels it as --teacher_id of a second run"
+    answered = not teacher_columns or {*teacher_columns}.intersection(table.column_names)
+    check(answered, f"{where} has no column '{','.join(teacher_columns)}': {way}")
     answers = read_answers(table, teacher_columns, class_names, where)
     answers = answers and answer_logits(*answers, class_names)
     texts = select_texts(table, names, where).rename_columns(dict(zip(names, wanted, strict=True)))
     scored = set(chain.from_iterable(normalized(split.texts) for role, split in splits.items() if role != "train"))
     copied, empty = "also in eval or test", "empty"
-    reasons = [empty if "" in key else copied if key in scored else "" for key in normalized(texts)]
+    reasons = [empty if not any(key) else copied if key in scored else "" for key in normalized(texts)]
     kept = [row for row, reason in enumerate(reasons) if not reason]
     check(kept, f"no text is left of {where}")
-    features = splits["train"].texts.features
-    texts = texts if texts.features == features else texts.cast(features)
     more = Split(texts, torch.full((len(texts),), NO_LABEL), answers).select(kept)
     return more, {reason: reasons.count(reason) for reason in (copied, empty)}
 
@@ -354,7 +372,7 @@ def normalized(texts):
     """Yield each example's one or two texts, normalized."""
     for chunk in texts.iter(10_000):
         for example in zip(*chunk.values(), strict=True):
-            yield tuple(normalize(text or "") for text in example)
+            yield tuple(map(normalize, example))
 
 
 def normalize(text):
@@ -400,23 +418,20 @@ def read_answers(table, columns, class_names, where):
     return answers, where
 
 
-def names_in(answers):
-    return [name for name in dict.fromkeys(chain.from_iterable(answers)) if isinstance(name, str)]
-
-
 def answer_classes(answers, where):
-    """The classes that answers name, sorted; those of lists are 0 to C - 1. Raises UserError."""
-    named = names_in(answers)
-    class_names = sorted_classes(named, where) if named else [str(place) for place in answers[0]]
-    check(len(class_names) > 1, f"{where}: every answer is '{class_names[0]}': {TWO}")
-    few = not named or len(class_names) <= max(10, len(answers) / 2)
-    check(few, f"{where}: {len(class_names):,} different answers in {len(answers):,} rows are no class names")
-    return class_names
+    """The classes that answers name, as most spell them, sorted; those of lists are 0 to C - 1. Raises UserError."""
+    spellings = {}
+    for name, _ in Counter(chain.from_iterable(answers)).most_common():
+        spellings.setdefault(folded(str(name)), str(name))
+    few = 0 in answers[0] or len(spellings) <= max(10, len(answers) / 2)
+    check(few, f"{where}: {len(spellings):,} different answers in {len(answers):,} rows are no class names")
+    return sorted_classes(spellings.values(), where)
 
 
 def answer_logits(answers, where, class_names):
     """Answers as logits, [N, C] float32. Raises UserError."""
-    named, known = names_in(answers), f"the classes are {listed(class_names)}"
+    named = [name for name in dict.fromkeys(chain.from_iterable(answers)) if isinstance(name, str)]
+    known = f"the classes are {listed(class_names)}"
     index = match_names(named, class_names) | {place: place for place in range(len(class_names))}
     numbers = np.full((len(answers), len(class_names)), np.nan)
     for row, answer in enumerate(answers):
@@ -425,10 +440,17 @@ def answer_logits(answers, where, class_names):
         unknown = answer.keys() - index.keys()
         if unknown:
             raise UserError(f"{where}, row {row + 1}: '{min(unknown)}' is no class; {known}")
-        numbers[row, [index[name] for name in answer]] = list(answer.values())
+        places = [index[name] for name in answer]
+        numbers[row, places] = 0
+        np.add.at(numbers[row], places, [*answer.values()])  # a class may be there in two spellings
     logits, kind = as_logits(numbers, where)
+    bare = sum(next(iter(answer.values())) is True for answer in answers)
+    kind = f"class names in {bare:,} rows, {kind} in {len(answers) - bare:,}" if 0 < bare < len(answers) else kind
     order = "by name" if named else f"assumed to be in the order {listed(class_names)}"
-    print(f"the teacher's answers in {where}: {kind}, {order}")
+    other = {name for name in named if name not in class_names and folded(name) in map(folded, class_names)}
+    other = sum(not other.isdisjoint(answer) for answer in answers)
+    spelling = f"; {other:,} rows spell a class otherwise" if other else ""
+    print(f"the teacher's answers in {where}: {kind}, {order}{spelling}")
     return logits
 
 
@@ -449,7 +471,7 @@ def read_answer(values, names):
         cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
         if isinstance(cell, float) or re.fullmatch(r"\s*-?\d*\.\d*[1-9]\d*\s*", str(cell)):
             raise TypeError("a number alone is no answer")
-        answer = {} if cell is None or not str(cell).strip() else {spelled(cell): 1.0}
+        answer = {} if cell is None or not str(cell).strip() else {spelled(cell): True}  # a class name alone
     if not all(map(math.isfinite, answer.values())):
         raise ValueError("not every number is finite")
     return answer
@@ -464,7 +486,9 @@ def as_logits(numbers, where):
         return torch.from_numpy(numbers.astype(np.float32)), "logits"
     numbers = np.nan_to_num(numbers)
     sums, whole = numbers.sum(1), (numbers % 1 == 0).all()
-    wrong = sums == 0 if whole else abs(sums - 1) > 0.01
+    digits = next((digits for digits in (1, 2, 3) if np.allclose(numbers, numbers.round(digits), 0, 1e-7)), 4)
+    rounding = max(0.01, numbers.shape[1] / 2 / 10**digits) + 1e-6  # half of the last digit, in every column
+    wrong = (sums == 0) | (abs(sums - 1) > (np.inf if whole else rounding))
     kinds = "neither logits (some below 0) nor probabilities (sums of 1) nor votes (all whole)"
     row = wrong.argmax()
     check(not wrong.any(), f"{where}, row {row + 1}: the numbers sum to {sums[row]:g}; the column's are {kinds}")
@@ -473,13 +497,12 @@ def as_logits(numbers, where):
 
 
 def match_names(names, class_names):
-    """Name to index of the class: by exact spelling, else by number, else without case. Unknown names are left out."""
+    """Name to index of the class: by exact spelling, else by number, else folded(). Unknown names are left out."""
     exact = {name: i for i, name in enumerate(class_names)}
     numbers = {f"LABEL_{i}": i for i in range(len(class_names))}
-    if not any(name.isdecimal() for name in class_names):
+    if not any(folded(name).isdecimal() for name in class_names):
         numbers |= {str(i): i for i in range(len(class_names))}
-    folded = {normalize(name): i for name, i in exact.items()}
-    for known, spelling in ((exact, str), (numbers, str), (folded, normalize)):
+    for known, spelling in ((exact, str), (numbers, str), ({folded(name): i for name, i in exact.items()}, folded)):
         index = {name: known[spelling(name)] for name in names if spelling(name) in known}
         if len(index) == len(names):
             break
@@ -489,15 +512,17 @@ def match_names(names, class_names):
     return index
 
 
-def compare_orders(split, class_names):
-    """Warn where the answers would agree with the labels far better in another order of the classes."""
-    count = len(class_names)
-    counts = (split.answers.argmax(1) * count + split.labels).bincount(minlength=count**2).view(count, count)
+def compare_orders(logits, labels, class_names):
+    """What to say where a teacher's answers agree with the labels far better in another order of the classes."""
+    count, labeled = len(class_names), labels != NO_LABEL
+    answers, labels = logits[labeled].argmax(1), labels[labeled]
+    counts = (answers * count + labels).bincount(minlength=count**2).view(count, count).cpu()
     order = (counts + torch.eye(count) / 2).argmax(1)  # a class that is never the answer keeps its place
-    now, then = counts.trace() / len(split), counts.amax(1).sum() / len(split)
+    now, then = counts.trace() / counts.sum(), counts.amax(1).sum() / counts.sum()
     if len(order.unique()) == count and then > now + 0.2:
         names = ", ".join(class_names[label] for label in order)
-        print(f"warning: {now:.0%} of the answers agree with the labels; in the order {names}, {then:.0%} would")
+        return f"warning: {now:.0%} of the answers agree with the labels; in the order {names}, {then:.0%} would"
+    return None
 
 
 # --- Files and the Hub -----------------------------------------------------------------------------------------------
@@ -505,7 +530,7 @@ def compare_orders(split, class_names):
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 SAME_NAME = "two columns have the same name: rename one"
 
-# A folder's files must have exactly these names: train_old.csv is not found.
+# A folder's file of exactly such a name is its split; what datasets takes for one is asked only where there is none.
 SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
 
 
@@ -518,42 +543,98 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
     name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
     path = Path(os.path.expanduser(dataset_id))
     file = None if dataset_id == "demo" else find_file(path, dataset_id, name)
-    if file:
-        check(not dataset_config, f"{file} is a file and has no configurations: leave out --{kind}_config")
-        check(file.stat().st_size, f"{file} is empty")
-        check(not is_pointer(file), f"{file} is a pointer of Git LFS: run git lfs pull")
-    loader = file and FORMATS[file.suffix.lower()]
+    check(not (file and dataset_config), f"{file} is a file and has no configurations: leave out --{kind}_config")
     where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
+    files = [file] if file else []
     try:
-        if loader in ("csv", "json", "text"):
-            line = bad_line(file, bytes.decode)
-            check(not line, f"line {line} is not UTF-8: save the file as UTF-8")
         if dataset_id == "demo":
             table = take(read_demo(kind), split_name)
-        elif loader == "csv":
-            table = take({name: datasets.Dataset(read_csv(file))}, split_name)
-        elif file:
-            encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
-            files = {name: glob.escape(str(file))}
-            table = datasets.load_dataset(loader, data_files=files, split=split_name, **encoding)
         elif any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)  # load_dataset() would also read what map() has cached there
             table = take(saved if isinstance(saved, dict) else {"train": saved}, split_name)
+        elif not path.exists():
+            table = datasets.load_dataset(dataset_id, dataset_config, split=split_name)
         else:
-            table = datasets.load_dataset(os.path.expanduser(dataset_id), dataset_config, split=split_name)
-            # It would take "null" for nothing, "01" for 1, and drop a column where a text holds a comma.
-            guessed = path.is_dir() and table.info.builder_name == "csv"
-            check(not guessed, "its csv files are found by the name of the split, such as train.csv: unpack or rename")
+            source = {"path": str(path), "name": dataset_config}
+            if file:
+                source = {"path": FORMATS[file.suffix.lower()], "data_files": {name: glob.escape(str(file))}}
+            files = files or find_shards(path, dataset_config, name)
+            table = read_files(files, source, split_name, name)
         names = [column.strip() for column in table.column_names]
         check(len(set(names)) == len(names), SAME_NAME)
         table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
-        raise UserError(f"cannot read {where}: {why_unreadable(error, file or path, kind)}") from error
+        kind_of_error = NoSplit if "Unknown split" in str(error) and path.exists() else UserError
+        raise kind_of_error(f"cannot read {where}: {why_unreadable(error, files, path, kind)}") from error
     check(len(table), f"{where} has no data")
     return table, where
 
 
-def why_unreadable(error, path, kind):
+def find_file(path, dataset_id, name):
+    """The local file that holds a split by its name; None for a Hub id, and for a folder without one."""
+    if path.is_file():
+        check(path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}")
+        if name != "train":
+            raise NoSplit(f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'")
+        return path
+    local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
+    check(path.is_dir() or not local, f"no such file or folder: {dataset_id}")
+    stems = SPLIT_FILES.get(name, [name])
+    starts = re.compile(rf"({'|'.join(map(re.escape, stems))})(?![a-z])")
+    like = [file for file in tables_in(path) if starts.match(file.stem.lower())]
+    here = [[file for file in like if file.parent == path and file.stem.lower() == stem] for stem in stems]
+    found = next(filter(None, here), [])
+    check(len(found) < 2, f"{path} holds the split '{name}' more than once: {listed(found)}")
+    if found and len(like) > 1:
+        others = listed(file.relative_to(path) for file in like if file not in found)
+        print(f"split '{name}' of {path} is {found[0].name}; left out: {others}")
+    return found[0] if found else None
+
+
+def find_shards(path, dataset_config, name):
+    """The files that datasets takes for a split of a folder, which are said. Raises UserError if they are no whole."""
+    builder = datasets.load_dataset_builder(str(path), dataset_config)
+    splits = {str(split): files for split, files in builder.config.data_files.items()}
+    check(name in splits, f"Unknown split '{name}', there are {listed(splits)}: see --eval_split")
+    root, taken = path.resolve(), {*map(Path, chain(*splits.values()))}
+    names = sorted(os.path.relpath(file, root) for file in splits[name])
+    others = [str(file.relative_to(root)) for file in tables_in(root) if file not in taken]
+    print(f"split '{name}' of {path} is {listed(names)}" + (f"; left out: {listed(others)}" if others else ""))
+    card = path / "README.md"
+    by_card = card.is_file() and "data_files:" in card.read_text("utf-8")
+    alike = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]{16})?", r"#\1", its) for its in names}
+    check(by_card or len(alike) == 1, f"{listed(names)} are not the shards of one split: leave one, or rename it")
+    shards = re.findall(r"(\d+)-of-(\d+)", " ".join(names))
+    if shards and len(shards) != int(shards[0][1]):
+        lost = set(range(int(shards[0][1]))).difference(int(number) for number, _ in shards)
+        raise UserError(f"of {shards[0][1]} shards number {listed(sorted(lost))} is missing")
+    unpacked = builder.name != "csv" or all(its.lower().endswith((".csv", ".tsv")) for its in names)
+    check(unpacked, "csv files are found by their names, such as train.csv: unpack or rename")
+    return [root / its for its in names]
+
+
+def tables_in(path):
+    return [file for file in sorted([*path.glob("*"), *path.glob("*/*")]) if file.suffix.lower() in FORMATS]
+
+
+def read_files(files, source, split_name, name):
+    """Read local files as they are now: the cache of datasets goes by a file's path and time stamp."""
+    loader = FORMATS.get(files[0].suffix.lower())
+    for file in files:
+        check(file.stat().st_size, f"{file.name} is empty")
+        check(not is_pointer(file), f"{file.name} is a pointer of Git LFS: run git lfs pull")
+        line = loader in ("csv", "json", "text") and bad_line(file, bytes.decode)
+        check(not line, f"line {line} of {file.name} is not UTF-8: save the file as UTF-8")
+    if loader == "csv":
+        return take({name: datasets.Dataset(pa.concat_tables(map(read_csv, files)), fingerprint="csv")}, split_name)
+    encoding = {"encoding": "utf-8-sig"} if loader == "text" else {}  # drops a byte order mark
+    cache = datasets.config.HF_DATASETS_CACHE
+    os.makedirs(cache, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as cache:  # what is read stays mapped
+        return datasets.load_dataset(**source, **encoding, split=split_name, cache_dir=cache)
+
+
+def why_unreadable(error, files, path, kind):
     """What an error in reading says, and what to do about it."""
     cause = error
     while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
@@ -561,40 +642,27 @@ def why_unreadable(error, path, kind):
     reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts anew in every 10 MB of JSON
     if isinstance(error, UserError):
         return reason
-    if isinstance(error, ConnectionError):
-        return f"{reason}; without the Hub, give a local folder or file, or try --demo"
-    line = bad_line(path, json.loads) if path.suffix.lower() == ".jsonl" else None
-    if line:
-        return f"line {line} is not JSON"
+    for file in files:
+        line = file.suffix.lower() == ".jsonl" and bad_line(file, read_json)
+        if line:
+            return f"line {line} of {file.name} is not JSON, or holds half an emoji"
     usual = f"; check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
+    if isinstance(error, ConnectionError):
+        usual = "; without the Hub, give a local folder or file, or try --demo"
     return reason + (remedy(reason, path) or usual)
 
 
 def remedy(reason, path, files="**/*"):
-    """What to do where a clone lacks its large files or the Hub's cache cannot be written."""
+    """What to do where a clone lacks its large files or the Hub's cache cannot be written to."""
     if any(map(is_pointer, path.glob(files))):
         return "; its files are pointers of Git LFS: run git lfs pull"
     blamed = re.search("Permission|Read-only|No space", reason) and not (path.exists() and str(path) in reason)
+    try:
+        os.makedirs(datasets.config.HF_CACHE_HOME, exist_ok=True)
+        tempfile.TemporaryFile(dir=datasets.config.HF_CACHE_HOME).close()
+    except OSError:  # whatever a library makes of it
+        blamed = True
     return "; set HF_HOME to a folder that can be written to, with room" if blamed else ""
-
-
-def find_file(path, dataset_id, name):
-    """The local file that holds a split; None for a Hub id, and for a folder laid out as on the Hub."""
-    if path.is_file():
-        check(path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}")
-        check(name == "train", f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'")
-        return path
-    local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
-    check(path.is_dir() or not local, f"no such file or folder: {dataset_id}")
-    files = [file for file in sorted(path.glob("*")) if file.suffix.lower() in FORMATS and file.is_file()]
-    for stem in SPLIT_FILES.get(name, [name]):
-        found = [file for file in files if file.stem.lower() == stem]
-        check(len(found) < 2, f"{path} holds the split '{name}' more than once: {listed(found)}")
-        if found:
-            return found[0]
-    known = {file.stem.lower() for file in files} & set(chain.from_iterable(SPLIT_FILES.values()))
-    check(not known, f"{path} has no file of the split '{name}', only of {listed(sorted(known))}: see --eval_split")
-    return None
 
 
 def read_csv(file):
@@ -628,6 +696,10 @@ def bad_line(file, parse):
         except ValueError:  # of which Unicode's and JSON's are special cases
             return number
     return None
+
+
+def read_json(line):
+    json.dumps(json.loads(line), ensure_ascii=False).encode()  # which half a pair of surrogates cannot be
 
 
 def is_pointer(file):
@@ -900,13 +972,18 @@ def class_names(config):
 
 
 def adopt_classes(teacher_names, names):
-    """The data's class names in the order of a teacher's outputs, and the output for each of `names`."""
-    order = match_classes(teacher_names, names)
+    """The class names in the order of a teacher's outputs, as the data spells them, and the output of each of `names`.
+
+    By name the data's classes may be some of the teacher's. Raises UserError.
+    """
+    known = {folded(name): i for i, name in enumerate(teacher_names)}
+    order = match_classes(teacher_names, names) or [known.get(folded(name)) for name in names]
     todo = "rename the labels, or fine-tune the teacher with --teacher_epochs"
-    theirs, ours = listed(teacher_names), listed(names)
-    check(order, f"the teacher's classes ({theirs}) are not the data set's ({ours}): {todo}")
+    fits = None not in order and len({*order}) == len(order)
+    check(fits, f"the teacher's classes ({listed(teacher_names)}) are not the data set's ({listed(names)}): {todo}")
     numbered = [name.removeprefix("LABEL_") for name in names] == [str(i) for i in range(len(names))]
-    return (teacher_names if numbered else [names[order.index(output)] for output in range(len(order))]), order
+    spelling = {} if numbered else dict(zip(order, names, strict=True))
+    return [spelling.get(i, name) for i, name in enumerate(teacher_names)], order
 
 
 def match_classes(model_names, class_names):

@@ -181,8 +181,9 @@ def run(args, device):
         task.teacher = task.teacher_tokens = None  # frees memory, unless live_teacher needs them
     if args.has_teacher:
         for role, split in scored.items():
-            record(results, "teacher", role, split, split.teacher_logits)
-        report_teacher(results["teacher"], splits["eval"].labels, task.class_names)
+            if split.teacher_logits is not None:  # a column of answers need not be in every file
+                record(results, "teacher", role, split, split.teacher_logits)
+        report_teacher(results["teacher"], splits, task.class_names)
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
     if args.n_trials:
@@ -762,9 +763,9 @@ def report(args, results):
     seldom = seldom_answered(results["by_class"])
     if seldom:
         say(f"seldom or never answered on eval: {data.listed(seldom)}\n")
-    if args.alpha < 1:
+    if args.alpha < 1 and results["examples"]["train"]:
         say(f"the same without a teacher, to compare: --alpha 1 --output_dir {args.output_dir}-alone\n")
-    if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 0):
+    if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 1):
         say("note: on eval the student is better than its teacher: see --teacher_epochs, or raise --alpha\n")
     if args.hub_model_id:
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
@@ -800,9 +801,9 @@ def with_interval(share, count):
 
 def seldom_answered(by_class):
     """The classes that the student never gives on eval, or finds less than half as often as its teacher."""
-    teacher, found = by_class["teacher"].get("eval"), []
+    teacher, found = by_class["teacher"].get("eval", {}), []
     for name, its in by_class["student"].get("eval", {}).items():
-        if its["count"] and (its["precision"] is None or 2 * its["recall"] < teacher[name]["recall"]):
+        if its["count"] and (its["precision"] is None or 2 * its["recall"] < teacher.get(name, its)["recall"]):
             found.append(f"{name} ({by_class['train'][name]:,} training examples)")
     return found
 
@@ -816,10 +817,16 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def report_teacher(scores, labels, class_names):
-    """Print the teacher's accuracy, and warn if it is no better than always giving the same answer."""
-    if "eval_accuracy" not in scores:  # there are no labels
+def report_teacher(scores, splits, class_names):
+    """Print the teacher's accuracy on eval, and warn if it is no better than always giving the same answer."""
+    both = (split for split in splits.values() if split.teacher_logits is not None and split.labeled)
+    split = next(both, None)  # the training split, if it has labels and answers
+    better = split and data.compare_orders(split.teacher_logits, split.labels, class_names)
+    if better:
+        say(better)
+    if "eval_accuracy" not in scores:  # there are no labels, or no answers
         return
+    labels = splits["eval"].labels
     counts = labels.bincount(minlength=len(class_names))
     answer, commonest = class_names[counts.argmax()], counts.max().item() / len(labels)
     say(f"teacher: eval accuracy {scores['eval_accuracy']:.4f}; always answering '{answer}' gives {commonest:.4f}")
@@ -1340,6 +1347,9 @@ def settle(args, splits):
     best_by = args.best_by if args.best_by == "loss" or splits["eval"].labeled else "agreement"
     if best_by != args.best_by:
         say("without labels the best epoch is that of most agreement with the teacher")
+    if best_by == "agreement" and args.teacher_column and splits["eval"].teacher_logits is None:
+        best_by = "accuracy"
+        say("without answers on eval the best epoch is that of best accuracy")
     return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
 
 

@@ -151,7 +151,6 @@ def test_text_and_labels_are_read_as_they_stand(write):
     path = write("a.csv", "text,label\nnull,NA\nNone,None\nN/A,nan\n1,NA\n")
     assert read(path) == (["null", "None", "N/A", "1"], ["NA", "None", "nan", "NA"])
     assert read(write("b.csv", "text,label\na,10\nb,01\nc,1\nd,02\n"))[1] == ["10", "01", "1", "02"]
-    assert read(write("c.csv", "text,label\na,0.0\nb,1.0\n"))[1] == ["0.0", "1.0"]
     assert read(write("d.jsonl", '{"text": "a", "label": "01"}\n{"text": "NA", "label": "1"}\n')) == (
         ["a", "NA"],
         ["01", "1"],
@@ -211,9 +210,19 @@ def test_a_files_name_is_no_pattern(write):
 
 
 def test_numbers_are_classes_by_size(write_csv):
-    """pandas writes integers as floats where one was missing."""
-    numbers = [f"{n}.0" for n in range(12)]
-    assert data.load_splits(write_csv("a.csv", [(f"x{n}", n) for n in numbers]), split_names=TRAIN)[1] == numbers
+    """pandas writes integers as floats where one was missing, and merged tables have both."""
+    rows = [(f"x{n}", f"{n}.0") for n in range(12)] + [(f"y{n}", f"+{n}" if n else n) for n in range(12)]
+    numbers = [str(n) for n in range(12)]
+    splits, names = data.load_splits(write_csv("a.csv", rows), split_names=TRAIN)
+    assert names == numbers and splits["train"].labels.tolist() == [*range(12)] * 2
+    for answers in (numbers, [f"{n}.0" for n in numbers]):  # a teacher may have either
+        path = write_csv("b.csv", [(*row, answers[n % 12]) for n, row in enumerate(rows)], ("text", "label", "teacher"))
+        found, _ = probabilities(path)
+        assert found.argmax(1).tolist() == [*range(12)] * 2
+        assert data.load_splits(path, None, TRAIN, ["text"], teacher_classes=answers[::-1])[1] == answers[::-1]
+    versions = write_csv("c.csv", [("a", "1.0"), ("b", "1.1"), ("c", "2.0")])
+    assert read(versions)[1] == ["1.0", "1.1", "2.0"]
+    assert "'1' and '1.0' in" in refusal(write_csv("d.csv", [("a", "1"), ("b", "1.0"), ("c", "x")]), split_names=TRAIN)
 
 
 def test_saved_data_sets_are_read_without_what_lies_beside_them(tmp_path):
@@ -257,6 +266,33 @@ def test_large_csv_files_are_read_whole(write_csv):
     assert texts == [text for text, _ in rows] and labels == [str(label) for _, label in rows]
 
 
+def test_a_pair_may_lack_one_of_its_texts(write):
+    rows = '{"title":"a","body":null,"label":0}\n{"title":"","body":"b","label":1}\n'
+    splits, _ = data.load_splits(write("a.jsonl", rows), None, TRAIN, ("title", "body"))
+    assert splits["train"].texts[:] == {"title": ["a", ""], "body": ["", "b"]}
+    path = write("b.jsonl", rows + '{"title":" ","body":null,"label":1}\n')
+    assert "empty text in" in refusal(path, None, TRAIN, ("title", "body")) and "row 3" in refusal(
+        path, None, TRAIN, ("title", "body")
+    )
+
+
+def test_rows_whose_class_label_is_minus_one_are_left_out(tmp_path, capsys):
+    """As in SNLI, where annotators did not agree. A split without any label, as GLUE's test splits are, is refused."""
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    for split, labels in (("train", [0, -1, 1, -1, 1]), ("validation", [1, 0, -1]), ("test", [-1, -1])):
+        table = {"text": [f"{split} {i}" for i in range(len(labels))], "label": labels}
+        table = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+        table.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    splits, names = data.load_splits(str(tmp_path / "set"))
+    assert splits["train"].labels.tolist() == [0, 1, 1] and splits["eval"].labels.tolist() == [1, 0]
+    assert splits["train"].texts["text"][:] == ["train 0", "train 2", "train 4"] and names == ["no", "yes"]
+    out = capsys.readouterr().out
+    assert re.search("train.parquet: 2 rows without a label .* are left out", out) and "parquet: 1 rows" in out
+    line = refusal(str(tmp_path / "set"), split_names={"train": "train", "eval": "test"})
+    assert re.search(r"label '-1' \(hidden, as in GLUE's test splits\) in .*test.parquet, row 1, does not occur", line)
+    assert "is '-1': a classifier needs two" in refusal(str(tmp_path / "set"), split_names={"train": "test"})
+
+
 def test_minus_one_is_a_class_where_it_is_trained_on(write_csv, tmp_path):
     rows = [("bad", -1), ("so so", 0), ("good", 1), ("fine", 1)]
     write_csv("set/train.csv", rows)
@@ -270,7 +306,7 @@ def test_minus_one_is_a_class_where_it_is_trained_on(write_csv, tmp_path):
     assert "every label in" in refusal(write_csv("test.csv", [("x", -1), ("y", -1)]), split_names=TRAIN)
 
 
-def test_a_folders_files_are_found_by_their_exact_names(write, tmp_path):
+def test_a_folders_files_are_found_by_their_exact_names(write, tmp_path, capsys):
     """And only those are opened that are asked for."""
     folder = str(tmp_path / "set")
     write("set/Train.csv", "text,label\na,0\nb,1\n")
@@ -284,12 +320,89 @@ def test_a_folders_files_are_found_by_their_exact_names(write, tmp_path):
     assert data.load_splits(folder)[0]["eval"].texts["text"][:] == ["e", "f"]
     write("set/validation.jsonl", '{"text":"g","label":1}\n{"text":"h","label":0}\n')
     assert data.load_splits(folder)[0]["eval"].texts["text"][:] == ["g", "h"]
+    out = capsys.readouterr().out
+    assert re.search(r"^split 'train' of .*set is Train.csv; left out: train_old.csv$", out, re.M)
+    assert "is validation.jsonl; left out: dev.tsv, valid.csv" in out and "is valid.csv; left out: dev.tsv" in out
+    write("set/data/train-00000-of-00001.jsonl", '{"text":"i","label":1}\n')
+    assert len(data.load_splits(folder)[0]["train"]) == 2
+    assert "left out: data/train-00000-of-00001.jsonl, train_old.csv" in capsys.readouterr().out
     write("set/train.txt", "x\n")
     assert "holds the split 'train' more than once" in refusal(folder)
-    write("kaggle/train.csv", "text,label\na,0\nb,1\n")
-    write("kaggle/test.csv", "text\na\n")
-    line = refusal(str(tmp_path / "kaggle"))
-    assert "no file of the split 'validation', only of test, train: see --eval_split" in line
+
+
+def shards(write, folder, *names, suffix="jsonl"):
+    """Files of two examples each."""
+    for name in names:
+        rows = [{"text": f"{name} {label}", "label": label} for label in (0, 1)]
+        csv = "text,label\n" + "".join("{text},{label}\n".format(**row) for row in rows)
+        write(f"{folder}/{name}.{suffix}", csv if suffix == "csv" else "\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_split_in_shards_is_read_whole(write, tmp_path, capsys, suffix):
+    shards(write, "set", "train-00000-of-00002", "train-00001-of-00002", "validation", suffix=suffix)
+    splits, _ = data.load_splits(str(tmp_path / "set"))
+    assert len(splits["train"]) == 4 and splits["eval"].texts["text"][:] == ["validation 0", "validation 1"]
+    files = ", ".join(f"train-0000{i}-of-00002.{suffix}" for i in (0, 1))
+    assert f"split 'train' of {tmp_path}/set is {files}" in capsys.readouterr().out
+    os.remove(tmp_path / "set" / f"train-00000-of-00002.{suffix}")
+    assert "of 00002 shards number 0 is missing" in refusal(str(tmp_path / "set"))
+    shards(write, "parts", *(f"part-{i}-3a0f" for i in range(3)), suffix=suffix)
+    assert len(read(str(tmp_path / "parts"))[0]) == 6
+    shards(write, "set/data", "train_0", "train_1", suffix=suffix)
+    assert re.search("are not the shards of one split", refusal(str(tmp_path / "set")))
+
+
+@pytest.mark.parametrize("names", [("train_0", "train_1", "train_old"), ("more", "notes"), ("train-1", "train-1-of-1")])
+def test_files_that_are_not_shards_of_each_other_are_refused(write, tmp_path, scored, names):
+    shards(write, "other", *names)
+    assert "are not the shards of one split: leave one" in refusal(str(tmp_path / "other"), split_names=TRAIN)
+    with pytest.raises(UserError, match="are not the shards of one split: leave one"):
+        data.load_unlabeled(scored, str(tmp_path / "other"))
+
+
+def test_files_of_another_format_are_left_out_aloud(write, tmp_path, capsys):
+    shards(write, "set", "part-0", "part-1")
+    write("set/notes.txt", "x\n")
+    assert len(read(str(tmp_path / "set"))[0]) == 4
+    assert "is part-0.jsonl, part-1.jsonl; left out: notes.txt\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.parquet", "a.txt", "other/train-0.jsonl", "other/train-0.parquet"]
+)
+def test_a_file_of_the_same_time_is_read_anew(tmp_path, name, scored):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for text in ("old", "new"):
+        rows = pa.table({"text": [f"{text} {i}" for i in range(2)], "label": [0, 1]})
+        if path.suffix == ".parquet":
+            pq.write_table(rows, path)
+        elif path.suffix == ".txt":
+            path.write_text("\n".join(rows["text"].to_pylist()))
+        else:
+            path.write_text("\n".join(map(json.dumps, rows.to_pylist())))
+        os.utime(path, (1e9, 1e9))
+        texts = data.load_unlabeled(scored, str(path if path.parent == tmp_path else path.parent))[0].texts
+        assert texts["text"][:] == [f"{text} 0", f"{text} 1"]
+
+
+def test_of_a_folder_with_train_and_test_alone_a_tenth_is_held_out(write_csv, tmp_path, capsys):
+    rows = [(f"text {i}", i % 2) for i in range(40)]
+    write_csv("set/train.csv", rows)
+    write_csv("set/test.csv", [("x", 0), ("y", 1)])
+    splits, _ = data.load_splits(
+        str(tmp_path / "set"), split_names={"train": "train", "eval": "validation", "test": "test"}
+    )
+    assert {role: len(split) for role, split in splits.items()} == {"train": 36, "eval": 4, "test": 2}
+    assert "a tenth of each class, 4 examples, is held out as eval split" in capsys.readouterr().out
+    tables = {
+        "train": datasets.Dataset.from_dict({"text": [row[0] for row in rows], "label": [row[1] for row in rows]})
+    }
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    assert len(data.load_splits(str(tmp_path / "saved"))[0]["eval"]) == 4
+    line = refusal(str(tmp_path / "set"), split_names={"train": "train", "eval": "dev"})
+    assert re.search("Unknown split 'dev', there are train, test: see --eval_split", line)
 
 
 def test_folders_from_the_hub(write, tmp_path):
@@ -305,7 +418,11 @@ def test_folders_from_the_hub(write, tmp_path):
         assert splits["eval"].texts["text"][:] == ["a", "b"] and splits["eval"].labels.tolist() == [1, 0]
     assert read(str(tmp_path / "saved")) == (["a", "b"], ["1", "0"])
     write("odd/data/reviews.csv", "text,label\n01,0\nNA,1\n")  # datasets would read the number 1 and nothing
-    assert "found by the name of the split, such as train.csv" in refusal(str(tmp_path / "odd"), split_names=TRAIN)
+    assert read(str(tmp_path / "odd")) == (["01", "NA"], ["0", "1"])
+    card = "---\nconfigs:\n- config_name: x\n  data_files:\n  - split: train\n    path: [b.csv, a.csv]\n---\n"
+    for name, content in {"README.md": card, "a.csv": "text,label\na,1\n", "b.csv": "text,label\n01,0\n"}.items():
+        write(f"card/{name}", content)
+    assert read(str(tmp_path / "card")) == (["a", "01"], ["1", "0"])
     assert "--dataset_config" in refusal(str(tmp_path / "plain"), "none")
     assert "leave out --dataset_config" in refusal(write("a.csv", "text,label\na,0\nb,1\n"), "none")
 
@@ -369,7 +486,7 @@ def test_unlabeled_text_leaves_out_what_is_scored(scored, write):
     assert both["text"][3:7] == ["cast", "Fine", "new", "fine"]
     with pytest.raises(UserError, match=r"no text is left of split 'train' of .*none.txt"):
         data.load_unlabeled(scored, write("none.txt", "The last\n\n"))
-    with pytest.raises(UserError, match=r"cannot read .*latin.txt: line 2 is not UTF-8"):
+    with pytest.raises(UserError, match=r"cannot read .*line 2 of latin.txt is not UTF-8"):
         data.load_unlabeled(scored, write("latin.txt", "a\ncafé\n".encode("latin-1")))
 
 
@@ -406,9 +523,9 @@ def test_unlabeled_pairs(write_csv):
     header = ("sentence1", "sentence2", "label")
     path = write_csv("pairs.csv", [("a", "b", 0), ("c", "d", 1), ("e", "f", 0), ("g", "h", 1)], header)
     splits, _ = data.load_splits(path, split_names={"train": "train[:2]", "eval": "train[2:]"})
-    rows = [("e", "F", 1), ("e", "g", 1), ("", "h", 0), ("f", "e", 0)]
+    rows = [("e", "F", 1), ("e", "g", 1), ("", "h", 0), (" ", "", 0), ("f", "e", 0)]
     more, left_out = data.load_unlabeled(splits, write_csv("more.csv", rows, header))
-    assert more.texts[:] == {"sentence1": ["e", "f"], "sentence2": ["g", "e"]}
+    assert more.texts[:] == {"sentence1": ["e", "", "f"], "sentence2": ["g", "h", "e"]}
     assert left_out == {"also in eval or test": 1, "empty": 1}
     with pytest.raises(UserError, match="has no column 'sentence2', only sentence1"):
         data.load_unlabeled(splits, write_csv("single.csv", [("a",)], ("sentence1",)))
@@ -478,6 +595,7 @@ SCORED = [sorted([{"label": k, "score": row[k]} for k in row], key=lambda item: 
 def test_layouts_of_answers(answered, capsys, suffix, answers, order):
     expect(probabilities(answered(f"a.{suffix}", answers)))
     *assumed, line = capsys.readouterr().out.splitlines()
+    order += "; 4 rows spell a class otherwise" * (" YES" in answers[0])
     assert re.fullmatch(
         rf"the teacher's answers in split 'train' of .*a.{suffix}, column 'teacher': probabilities, {order}", line
     )
@@ -526,6 +644,8 @@ def test_hard_answers_of_a_class_label(tmp_path):
 
 def test_what_the_numbers_are(answered, capsys):
     """The whole column decides."""
+    spellings = answered("a.csv", [{"no": 2, "NO": 1, "yes": 1}, {"No": 1, "yes": 1}, {"yes": 5}, {"no": 1}])
+    expect(probabilities(spellings), [[0.75, 0.25], [0.5, 0.5], [0, 1], [1, 0]])
     votes = answered("a.csv", [[3, 1], [1, 1], [0, 5], [1, 0]])
     expect(probabilities(votes), [[0.75, 0.25], [0.5, 0.5], [0, 1], [1, 0]])
     assert "'teacher': votes, " in capsys.readouterr().out
@@ -535,6 +655,18 @@ def test_what_the_numbers_are(answered, capsys):
     assert splits["train"].answers.tolist() == logits.tolist() and "'teacher': logits, " in capsys.readouterr().out
     rounded = answered("a.csv", [[0.402, 0.603], [0.5, 0.5], [0.398, 0.597], [1, 0]])  # to sums of 1.005 and 0.995
     expect(probabilities(rounded), [[0.4, 0.6], [0.5, 0.5], [0.4, 0.6], [1, 0]])
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.parquet"])
+@pytest.mark.parametrize("numbers", [[[0.33, 0.33, 0.33], [0.17, 0.42, 0.42]], [[0.3, 0.3, 0.3], [0.5, 0.3, 0.3]]])
+def test_rounded_probabilities(answered, file, numbers):
+    """As far from a sum of 1 as rounding to their digits explains, and no farther."""
+    labels = ["x", "y", "z", "x"]
+    found, _ = probabilities(answered(file, np.float32(numbers * 2).tolist(), labels))
+    torch.testing.assert_close(found, torch.nn.functional.normalize(torch.tensor(numbers * 2), p=1))
+    wrong = [numbers[0], [0.6, 0.3, 0.3 if numbers[0][0] == 0.3 else 0.12]] * 2
+    line = refusal(answered(file, wrong, labels), None, TRAIN, ["text"], teacher_columns=["teacher"])
+    assert "row 2: the numbers sum to 1." in line
 
 
 @pytest.mark.parametrize(
@@ -605,11 +737,12 @@ def test_parquets_missing_answers(answered):
     assert "1 rows have no answer, first row 3" in line
 
 
-def test_another_order_that_agrees_far_better_is_said(answered, capsys):
-    probabilities(answered("a.csv", [[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]))
-    assert "warning" not in capsys.readouterr().out
-    probabilities(answered("a.csv", [[0.1, 0.9], [0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]))
-    assert "25% of the answers agree with the labels; in the order yes, no, 75% would" in capsys.readouterr().out
+def test_another_order_that_agrees_far_better_is_said():
+    labels = torch.tensor([0, 1, 0, 1, data.NO_LABEL])
+    right = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.6, 0.4], [1.0, 0.0]])
+    assert data.compare_orders(right, labels, ["no", "yes"]) is None
+    line = data.compare_orders(right.flip(1), labels, ["no", "yes"])
+    assert "25% of the answers agree with the labels; in the order yes, no, 75% would" in line
 
 
 # --- data without labels ---------------------------------------------------------------------------------------------
@@ -661,12 +794,30 @@ def test_the_classes_of_a_column(answered, answers, names):
         torch.testing.assert_close(splits["train"].answers.exp(), torch.tensor(ANSWERS), atol=1e-6, rtol=0)
 
 
-def test_the_classes_of_a_column_are_at_least_two_and_spelled_alike(answered):
-    def line(answers):
-        return refusal(answered("a.csv", answers, labels=None), None, TRAIN, ["text"], "none", ["teacher"])
+def test_the_classes_of_a_column_are_at_least_two(answered):
+    for answers in (["x"] * 4, ["x", "x", "X ", " x"]):
+        line = refusal(answered("a.csv", answers, labels=None), None, TRAIN, ["text"], "none", ["teacher"])
+        assert "is 'x': a classifier needs two classes" in line
 
-    assert "every answer is 'x': a classifier needs two classes" in line(["x"] * 4)
-    assert "the classes 'No' and 'no' in" in line(["yes", "no", "No", "no"])
+
+@pytest.mark.parametrize("labels", [None, ["No", "YES", "No", "YES"]])
+def test_one_class_however_a_language_model_spells_it(answered, capsys, labels):
+    """The labels' spelling is kept, else the commonest one."""
+    found, names = probabilities(
+        answered("a.csv", ["NO", "Yes", " no", "no"], labels), label_column="label" if labels else "none"
+    )
+    assert names == (["No", "YES"] if labels else ["Yes", "no"])
+    assert [names[row].lower() for row in found.argmax(1)] == ["no", "yes", "no", "no"]
+    others = f"hard answers, by name; {4 if labels else 1} rows spell a class otherwise\n"
+    assert others in capsys.readouterr().out
+
+
+def test_a_column_of_names_and_scores_is_said_to_be_one(answered, capsys):
+    expect(
+        probabilities(answered("a.csv", ["no", "[0.5, 0.5]", '{"no": 1.0}', "yes"])),
+        [[1, 0], [0.5, 0.5], [1, 0], [0, 1]],
+    )
+    assert "'teacher': class names in 2 rows, probabilities in 2, by name" in capsys.readouterr().out
 
 
 def test_answers_are_not_taken_for_the_text(write_csv):
@@ -682,7 +833,7 @@ def test_labels_only_for_measuring(write_csv, tmp_path, capsys):
     write_csv("set/test.csv", [("f", "no"), ("g", "no")], ("text", "teacher"))
     folder, roles = str(tmp_path / "set"), ("train", "eval", "test")
     splits, names = read_unlabeled(folder, roles, teacher_columns=["teacher"])
-    assert names == ["no", "yes"] and data.NO_LABEL == distill.NO_LABEL
+    assert names == ["no", "Yes"] and data.NO_LABEL == distill.NO_LABEL
     assert (
         splits["train"].labels.tolist() == [data.NO_LABEL] * 3 and splits["test"].labels.tolist() == [data.NO_LABEL] * 2
     )
@@ -694,7 +845,7 @@ def test_labels_only_for_measuring(write_csv, tmp_path, capsys):
     assert names == ["LABEL_0", "LABEL_1"] and splits["eval"].labels.tolist() == [1, 0]
     assert "assumed to be in the same order: 0, 1 and the classes LABEL_0, LABEL_1" in capsys.readouterr().out
     write_csv("set/validation.csv", [("d", "no"), ("e", "maybe")])
-    with pytest.raises(UserError, match=r"label 'maybe' in .*validation.csv, row 2, .*: no, yes"):
+    with pytest.raises(UserError, match=r"the teacher's classes \(no, yes\) are not .* \(maybe, no\)"):
         read_unlabeled(folder, teacher_classes=["no", "yes"])
     write_csv("set/validation.csv", [("d", 1), ("e", 0)])
     with pytest.raises(UserError, match="has no column 'lable'"):
@@ -706,15 +857,43 @@ def test_labels_only_for_measuring(write_csv, tmp_path, capsys):
         read_unlabeled(folder, roles, teacher_classes=["0", "1"])
 
 
-def test_unlabeled_text_with_answers(scored, write_csv, capsys):
+@pytest.mark.parametrize("labels", [None, ["pos", "neg"]])  # the first: alphabetical, else a ClassLabel's order
+def test_labels_of_eval_alone_name_an_unnamed_teachers_classes(write, write_csv, tmp_path, capsys, labels):
+    write_csv("set/train.csv", [("a", "[0.9, 0.1]"), ("b", "[0.2, 0.8]")], ("text", "teacher"))
+    rows = {"text": ["x", "y"], "label": ["pos", "neg"]}
+    features = {"text": datasets.Value("string"), "label": datasets.Value("string")}
+    features |= {"label": datasets.ClassLabel(names=labels)} if labels else {}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(tmp_path / "set" / "eval.parquet")
+    for teacher in ({"teacher_classes": ["LABEL_0", "LABEL_1"]}, {"teacher_columns": ["teacher"]}):
+        splits, names = read_unlabeled(str(tmp_path / "set"), **teacher)
+        assert names == (labels or ["neg", "pos"])
+        assert splits["eval"].labels.tolist() == [names.index("pos"), names.index("neg")]
+        assert f"and the classes {', '.join(names)}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"classes \(LABEL_0, LABEL_1, LABEL_2\) are not .* \(\w+, \w+\): rename"):
+        read_unlabeled(str(tmp_path / "set"), teacher_classes=["LABEL_0", "LABEL_1", "LABEL_2"])
+
+
+def test_a_scored_split_needs_no_answers_if_it_has_labels(write_csv, tmp_path):
+    write_csv("set/train.csv", [("a", "yes"), ("b", "no")], ("text", "teacher"))
+    write_csv("set/validation.csv", [("c", "no"), ("d", "yes")])
+    splits, _ = read_unlabeled(str(tmp_path / "set"), teacher_columns=["teacher"])
+    assert splits["eval"].answers is None and splits["eval"].labels.tolist() == [0, 1]
+    write_csv("set/validation.csv", [("c",), ("d",)], ("text",))
+    with pytest.raises(UserError, match=r"validation.csv has no column 'teacher'"):
+        read_unlabeled(str(tmp_path / "set"), teacher_columns=["teacher"])
+
+
+def test_unlabeled_text_with_answers(scored, write_csv, write, capsys):
     rows = [("new", "1"), ("The last", "1"), ("", "0"), ("newer", "LABEL_0")]
     path = write_csv("more.csv", rows, ("review", "teacher"))  # the answers are not taken for the text
     more, left_out = data.load_unlabeled(scored, path, None, "train", ["teacher"], ["bad", "good"])
     assert more.texts["text"][:] == ["new", "newer"] and sum(left_out.values()) == 2
     assert more.answers.argmax(1).tolist() == [1, 0] and more.labels.tolist() == [data.NO_LABEL] * 2
     assert "same order: 0, LABEL_0, 1 and the classes bad, good" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"more.csv, column 'teacher', row 1: '1' is no class; the classes are 1.0, 2"):
-        data.load_unlabeled(scored, path, None, "train", ["teacher"], ["1.0", "2"])
+    with pytest.raises(UserError, match=r"more.csv, column 'teacher', row 1: '1' is no class; the classes are 3, 2"):
+        data.load_unlabeled(scored, path, None, "train", ["teacher"], ["3", "2"])
+    with pytest.raises(UserError, match=r"no column 'teacher': .*a first student .* as --teacher_id of a second run"):
+        data.load_unlabeled(scored, write("more.txt", "new\n"), None, "train", ["teacher"], ["bad", "good"])
 
 
 # --- refusing --------------------------------------------------------------------------------------------------------
@@ -728,7 +907,7 @@ def test_unlabeled_text_with_answers(scored, write_csv, capsys):
         ([("a", 0), ("b", 0), ("  ", 1)], "empty text .* row 3"),
         ([("a", 0), ("\u200b\ufeff", 1)], "empty text .* row 2"),
         ([("a", "x"), ("b", " "), ("c", "y")], "no label .* row 2"),
-        ([("a", "yes"), ("b", "no"), ("c", "No")], "classes 'No' and 'no' .*bad.csv differ by case alone"),
+        ([("a", "yes"), ("b", "no"), ("c", "No")], "classes 'No' and 'no' .*bad.csv differ in spelling alone"),
         ([], "no data"),
     ],
 )
@@ -749,10 +928,11 @@ def test_refuses_training_data(write_csv, rows, message):
         ("twice.csv", "text,label,text \na,1,b\n", "two columns have the same name"),
         ("twins.csv", "text,label,text\na,1,b\n", "two columns have the same name"),
         ("none.csv", "great film,1\nbad plot,0\n", "only great film, 1 .a csv file's first line names its columns"),
-        ("latin.csv", "text,label\nok,1\ncafé,0\n".encode("latin-1"), "line 3 is not UTF-8: save the file as UTF-8"),
-        ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "line 1 is not UTF-8"),
-        ("latin.jsonl", '{"text":"a","label":0}\n{"text":"é","label":1}\n'.encode("latin-1"), "line 2 is not UTF-8"),
-        ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 is not JSON"),
+        ("latin.csv", "text,label\nok,1\ncafé,0\n".encode("latin-1"), "line 3 of latin.csv is not UTF-8: save"),
+        ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "line 1 of .* is not UTF-8"),
+        ("latin.jsonl", '{"text":"a","label":0}\n{"text":"é","label":1}\n'.encode("latin-1"), "line 2 .* is not UTF-8"),
+        ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 of cut.jsonl is not JSON"),
+        ("half.jsonl", '{"text":"a","label":0}\n{"text":"\\ud83d","label":1}\n', "line 2 .*half an emoji"),
         ("nested.json", '{"version": 1, "data": [{"text":"a","label":0}]}', "one record: .* under 'data', save"),
         ("mixed.json", '{"data": [{"text":"a","label":0}, {"text":"b","x":[1]}]}', "one record: .* under 'data'"),
         ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds lists"),
@@ -860,10 +1040,23 @@ def test_a_cache_that_cannot_be_written(monkeypatch, write, save_tiny):
     assert "HF_HOME" not in refusal(path, split_names=TRAIN)
 
 
+def test_a_home_that_is_none(monkeypatch, write):
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", "/dev/null/home")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/home/datasets")
+    path = write("a.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+    assert "Not a directory: '/dev/null/home'; set HF_HOME to a folder" in refusal(path, split_names=TRAIN)
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach 'imdb' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "LocalEntryNotFoundError); set HF_HOME to a folder" in refusal("imdb", split_names=TRAIN)
+
+
 def test_a_clone_without_its_large_files(write, tmp_path):
     write("clone/.git.d/config", "")
     write("clone/data/train-00000-of-00001.parquet", POINTER)
-    assert "pointers of Git LFS: run git lfs pull" in refusal(str(tmp_path / "clone"), split_names=TRAIN)
+    assert "pointer of Git LFS: run git lfs pull" in refusal(str(tmp_path / "clone"), split_names=TRAIN)
 
 
 def test_the_hub_says_why_it_cannot_be_reached(monkeypatch):
@@ -1231,9 +1424,19 @@ def test_labels_adopt_a_finished_teachers_order(write_csv, capsys, teacher, name
     assert ("assumed to be in the same order: " in capsys.readouterr().out) is said
 
 
-def test_a_teacher_of_other_classes_is_refused():
-    with pytest.raises(UserError, match=r"\(sport, arts\) are not .* \(-1, 1\): rename .*--teacher_epochs"):
-        data.adopt_classes(["sport", "arts"], ["-1", "1"])
+def test_a_teacher_of_other_classes_is_refused(write_csv):
+    for teacher, names in ((["sport", "arts"], (-1, 1)), (["sport", "arts", "news"], (0, 1)), (["a", "b"], ("a", "c"))):
+        line = refusal(write_csv("a.csv", [("x", names[0]), ("y", names[1])]), None, TRAIN, teacher_classes=teacher)
+        assert f"({', '.join(teacher)}) are not the data set's ({names[0]}, {names[1]}): rename" in line
+
+
+def test_the_datas_classes_may_be_some_of_the_teachers(write_csv):
+    path = write_csv("a.csv", [("x", "sad"), ("y", "Joy"), ("z", "sad")])
+    splits, names = data.load_splits(path, None, TRAIN, teacher_classes=["joy", "anger", "sad"])
+    assert names == ["Joy", "anger", "sad"] and splits["train"].labels.tolist() == [2, 0, 2]
+    stars = write_csv("b.csv", [("x", 2), ("y", 5), ("z", 2)])
+    splits, names = data.load_splits(stars, None, TRAIN, teacher_classes=["1", "2", "3", "4", "5"])
+    assert names == ["1", "2", "3", "4", "5"] and splits["train"].labels.tolist() == [1, 4, 1]
 
 
 def test_names_are_matched_all_by_spelling_or_all_by_number():

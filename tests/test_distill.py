@@ -493,8 +493,31 @@ def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
     assert "warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)" in said
     assert saved["student"]["eval_accuracy"] > saved["teacher"]["eval_accuracy"]
     assert "note: on eval the student is better than its teacher" in said  # and an able one is not blamed:
-    distill.report_teacher({"eval_accuracy": 0.9}, torch.tensor([0, 1, 1]), ["negative", "positive"])
+    able = {"eval": distill.Examples(None, torch.tensor([0, 1, 1]), torch.eye(2)[[0, 1, 1]])}
+    distill.report_teacher({"eval_accuracy": 0.9}, able, ["negative", "positive"])
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{}, {"alpha": 1.0}, {"cache_teacher": "false"}])
+def test_a_teacher_whose_outputs_are_in_another_order_is_warned_about(command, save_tiny, write_csv, capsys, flags):
+    """LABEL_0 and LABEL_1 are taken in the order of the data's classes; the labels show that they are not."""
+    words = {"good ": "positive", "bad ": "negative"}
+    write_csv("reviews/train.csv", [(word * (i % 9 + 1), words[word]) for i in range(30) for word in words])
+    write_csv("reviews/validation.csv", [(word * 10, words[word]) for word in words])
+    made = {"student_id": save_tiny("new", seed=5), "alpha": 1.0, "epochs": 9, "test_split": "validation"}
+    teacher = run(command("made", **made))
+    tensors = weights(teacher)
+    for name in ("classifier.weight", "classifier.bias"):
+        tensors[name] = tensors[name].flip(0)
+    safetensors.torch.save_file(tensors, f"{teacher}/model.safetensors", {"format": "pt"})
+    config = transformers.AutoConfig.from_pretrained(teacher)
+    config.id2label, config.label2id = {0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}
+    config.save_pretrained(teacher)
+    capsys.readouterr()
+    run(command("run", teacher_id=teacher, test_split="validation", **flags))
+    said = capsys.readouterr().out
+    assert "assumed to be in the same order: LABEL_0, LABEL_1 and the classes negative, positive" in said
+    assert "of the answers agree with the labels; in the order positive, negative, 100% would" in said
 
 
 def test_a_damaged_teacher_labels_nothing(command, save_tiny, capsys):
@@ -1958,6 +1981,20 @@ def test_a_few_labels_for_measuring(command, reviews_folder, write_csv, reviews,
     assert results(folder)["arguments"]["best_by"] == "accuracy"
     assert "training split has no labels" in refused(command("alpha", alpha=1.0), capsys)
     assert "has no column 'label'" in refused(command("fine_tuned", teacher_epochs=1), capsys)
+
+
+def test_scored_splits_without_answers_have_no_agreement(column_command, reviews, capsys):
+    """The usual way to measure: a few rows labeled by people."""
+    answers = hard_answers(reviews)
+    arguments = column_command("run", lambda split: answers(split) if split == "train" else {}, best_by="agreement")
+    folder = run(arguments)
+    student = results(folder)["student"]
+    assert "without answers on eval the best epoch is that of best accuracy" in capsys.readouterr().out
+    assert "eval_agreement" not in student and "test_agreement" not in student and student["test_accuracy"] > 0
+    assert student["eval_accuracy"] == max(row.get("eval_accuracy", 0) for row in metrics(folder))
+    assert results(folder)["teacher"] == {"model": "column teacher", "parameters": None}
+    folder = run(column_command("search", lambda split: {} if split == "test" else answers(split), n_trials=1))
+    assert "eval_agreement" in results(folder)["student"] and "test_agreement" not in results(folder)["student"]
 
 
 def test_unlabeled_text_with_a_column(column_command, reviews, write_csv, capsys):
