@@ -102,7 +102,6 @@ def run(args, device, conditions):
         splits, class_names = distill.from_rank0(lambda: data.load_splits(*source))  # a file's errors become a line
         split = splits["eval"]
     models = load_models(args, class_names)
-    args.max_length = min(args.max_length, *(model.tokenizer.model_max_length for model in models))
     texts = {cell: text_batches(split, *cell) for cell in itertools.product(args.batch_sizes, args.lengths)}
 
     # 2. Every model in every precision and runtime. All are on the device together, since they take turns.
@@ -173,9 +172,9 @@ def in_pytorch(model, precision, split, device, args):
     figures = {**model.figures, "megabytes": weights / 1e6}
     variant = replace(model, network=network, precision=precision, figures=figures)
     if split:
-        tokens = data.tokenize(model.tokenizer, split.texts, args.max_length).to(device)
+        tokens = data.tokenize(model.tokenizer, network.config, args.max_length, split.texts, args.eval_split)
         # "fp32" means no autocast here: the weights are already in their precision.
-        variant.logits = distill.predict(network, tokens, "fp32").cpu()[:, model.order]
+        variant.logits = distill.predict(network, tokens.to(device), "fp32").cpu()[:, model.order]
     return variant
 
 
@@ -195,8 +194,9 @@ def text_batches(split, batch_size, size):
 
 
 def encode(tokenizer, columns, max_length):
-    options = {"truncation": True, "max_length": max_length, "split_special_tokens": True}
-    return tokenizer(*columns, **options, padding=True, return_tensors="pt")
+    limit = min(max_length, tokenizer.model_max_length)
+    texts = data.examples(tokenizer, *columns)
+    return tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
 
 
 def measure_cell(variants, texts, size, device, args):

@@ -716,35 +716,56 @@ def take(tables, split_name):
 # --- Tokens and batches ----------------------------------------------------------------------------------------------
 
 
-def tokenize(tokenizer, texts, max_length):
-    """Tokenize a datasets.Dataset of one or two text columns: unpadded, cut to max_length tokens.
+def tokenize(tokenizer, config, max_length, texts, where):
+    """Tokenize a datasets.Dataset of one or two text columns, as the tokenizer does by default, for the config's model.
 
-    "[SEP]" in it is text like any other. Raises UserError if max_length leaves it no room.
+    The Tokens are cut to max_length or the tokenizer's own limit, and unpadded. Raises UserError: no room for text, or
+    a text holds the token by which an encoder-decoder finds the end.
     """
-    columns = len(texts.column_names)
-    special = tokenizer.num_special_tokens_to_add(pair=columns == 2)
-    room = f"{max_length} tokens are too few, {special} are special: raise --max_length"
-    check(max_length >= special + columns, room)
+    columns, max_length = len(texts.column_names), min(max_length, tokenizer.model_max_length)
+    [added] = tokenizer([("", "")] if columns == 2 else [""])["input_ids"]
+    room = f"{max_length} tokens are too few, {len(added)} are special: raise --max_length"
+    check(max_length >= len(added) + columns, room)
+    end = config.eos_token_id if config.is_encoder_decoder else None
+    check(end is None or end in added, f"the tokenizer does not end texts with the token {config.model_type} reads")
+    # What unknown words become is not meant; but GPT-2's end of text is that, too.
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+    usual, held = sum(map(special.__contains__, added)), 0
     ids, type_ids, lengths, cut = array("i"), array("B"), array("q"), 0  # grow in place: nothing is in memory twice
     options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     for chunk in texts.iter(10_000):
-        encoded = tokenizer(*chunk.values(), split_special_tokens=True, **options)
+        encoded = tokenizer(examples(tokenizer, *chunk.values()), **options)
+        for row, tokens in enumerate(encoded["input_ids"], len(lengths)):
+            held += sum(map(special.__contains__, tokens)) > usual
+            if end is not None and tokens.count(end) != added.count(end):
+                text = f"{where}, row {row + 1}, {str([*texts[row].values()])[:80]}"
+                raise UserError(f"{text}: {config.model_type} needs as many '{tokenizer.decode(end)}' in all texts")
         ids.extend(chain.from_iterable(encoded["input_ids"]))
         type_ids.extend(chain.from_iterable(encoded.get("token_type_ids", [])))
         lengths.extend(map(len, encoded["input_ids"]))
         longer = [bool(encoding.overflowing) for encoding in encoded.encodings or []]
         cut += sum(longer or [len(tokens) == max_length for tokens in encoded["input_ids"]])  # Python's do not tell
     lengths = torch.frombuffer(lengths, dtype=torch.int64)
+    # Without types they are 0. But models without a table of types, such as GPT-2, look a type up among the words.
+    typed = type_ids and (np.any(type_ids) or not hasattr(config, "type_vocab_size"))
     return Tokens(
         ids=torch.frombuffer(ids, dtype=torch.int32),
-        type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if np.any(type_ids) else None,
+        type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if typed else None,
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         lengths=lengths,
-        pad_id=tokenizer.pad_token_id,
-        pad_left=tokenizer.padding_side == "left",
+        pad_id=config.pad_token_id,
+        pad_left=getattr(config, "summary_type", None) == "last",
         max_length=max_length,
         cut=cut,
+        special=held,
     )
+
+
+def examples(tokenizer, first, second=None):
+    """One or two columns as the tokenizer takes a text or pair alone: not in pairs where the second is empty."""
+    if second is None:
+        return first
+    return [(a, b) if b or not tokenizer.is_fast else a for a, b in zip(first, second, strict=True)]
 
 
 @dataclass
@@ -752,13 +773,14 @@ class Tokens:
     """The token ids of N examples end to end: example i is ids[offsets[i] : offsets[i + 1]]."""
 
     ids: torch.Tensor  # [total] int32
-    type_ids: torch.Tensor | None  # [total] uint8: the second sentence's are 1; None if all are 0
+    type_ids: torch.Tensor | None  # [total] uint8: the second sentence's are 1; None if none are needed
     offsets: torch.Tensor  # [N + 1] int64
     lengths: torch.Tensor  # [N] int64, always on the host, where shapes are decided
     pad_id: int
-    pad_left: bool  # as for models that read their answer at the last position
+    pad_left: bool  # only for XLNet, which reads its answer at the last position
     max_length: int  # of an example, and so of a batch
     cut: int  # how many examples of all were longer
+    special: int  # how many hold special tokens
 
     def __len__(self):
         return len(self.lengths)
@@ -786,7 +808,7 @@ class Tokens:
         """Cut rows ([B] int64, on the host) out of the flat arrays and pad them, without a loop over examples.
 
         Returns the rows and the model's inputs, both on the device. The inputs are [B, L]: input_ids; attention_mask
-        (bool), unless nothing is padded; token_type_ids, if there are any.
+        (bool), unless there is no padding; token_type_ids, if there are any.
         """
         lengths = self.lengths[rows]
         if self.device.type == "cuda":
@@ -802,7 +824,7 @@ class Tokens:
         inside = positions >= starts if self.pad_left else positions < ends
         positions = positions.where(inside, 0)  # any valid position: its token is replaced by padding
         inputs = {"input_ids": self.ids[positions].long().where(inside, self.pad_id)}
-        if padded:
+        if padded or self.special:  # without a mask XLM takes a "<pad>" in the text for padding
             inputs["attention_mask"] = inside
         if self.type_ids is not None:
             inputs["token_type_ids"] = self.type_ids[positions].long().where(inside, 0)
@@ -829,14 +851,15 @@ def training_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in generator.permutation(count)]
 
 
-def prediction_batches(lengths, tokens_per_batch):
-    """All rows, longest first, in batches of about the same number of tokens."""
+def prediction_batches(lengths, tokens_per_batch, unpadded=False):
+    """All rows, longest first, in batches of about the same number of tokens; unpadded: of texts of one length."""
     rows = torch.argsort(lengths, descending=True, stable=True)
     batches, start = [], 0
     while start < len(rows):
         size = max(1, tokens_per_batch // max(1, int(lengths[rows[start]])))
-        batches.append(rows[start : start + size])
-        start += size
+        batch = rows[start : start + size]
+        batches.append(batch[lengths[batch] == lengths[batch[0]]] if unpadded else batch)
+        start += len(batches[-1])
     return batches
 
 
@@ -856,6 +879,7 @@ def load_model(model_id, classes=None, seed=0):
     check(here or not folder.startswith((".", "/")), f"no such folder: {model_id}; give a Hub id or an output_dir")
     try:
         config = load_config(folder)
+        config.return_dict = True
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -874,6 +898,11 @@ def load_model(model_id, classes=None, seed=0):
         remedied = remedy(reason, Path(folder), "*")
         if remedied:
             hint = remedied
+        elif os.path.exists(f"{folder}/adapter_config.json"):
+            reason, hint = "it is an adapter", ": merge it into its base model first"
+        elif here and not os.path.exists(f"{folder}/config.json"):
+            below = sorted(path.parent.name for path in Path(folder).glob("*/config.json"))
+            reason, hint = "it has no config.json", f"; but these have: {listed(below)}" if below else ""
         elif "tiktoken" in reason or "Error parsing line" in reason:  # transformers takes a spm.model for that
             reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
         elif "contains custom code" in reason:
@@ -881,9 +910,15 @@ def load_model(model_id, classes=None, seed=0):
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
-    accepted = inspect.signature(model.forward).parameters  # no token types for DistilBERT, whatever its tokenizer
-    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
-    model.config.pad_token_id = tokenizer.pad_token_id
+    accepted = set(inspect.signature(model.forward).parameters)  # DistilBERT takes no token types
+    if max(tokenizer("a", "b").get("token_type_ids", [0])) >= getattr(config, "type_vocab_size", math.inf):
+        accepted -= {"token_type_ids"}  # a pair's would be out of range, as in RoBERTa
+    names = [name for name in tokenizer.model_input_names if name in accepted]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the latter is saved
+    # A decoder answers before the first padding. RoBERTa and its kin keep theirs: positions count from after its id.
+    counts = hasattr(getattr(model.base_model, "embeddings", None), "padding_idx")
+    if model.config.pad_token_id in (None, -1) or (classes and not counts):
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
@@ -898,12 +933,15 @@ def load_config(folder):
 
 
 def check_loaded(model_id, model, tokenizer, report, classes):
-    """Refuse a model, weights and a tokenizer that do not fit each other, and warn of weights that are missing."""
-    encoder = f"{model.base_model_prefix}."
+    """Refuse a model, weights and a tokenizer that do not fit each other, and what is no finished classifier."""
+    encoder, kinds = f"{model.base_model_prefix}.", f"{model.config.problem_type} {model.config.architectures}"
+    others = {"multi_label": "several labels per text", "regression": "regression", "TokenCl": "labels of tokens"}
+    found = [words for mark, words in others.items() if mark in kinds] + ["regression"] * (model.config.num_labels == 1)
+    check(classes or not found, f"{model_id} is made for {listed(found[:1])}: this takes classifiers of texts")
     misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))
     # Without a vocabulary file transformers makes up a tokenizer of special tokens alone.
     known = len(tokenizer) > len(tokenizer.all_special_ids) and tokenizer.pad_token_id is not None
-    fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
+    fits = len(tokenizer) <= getattr(model.config, "vocab_size", math.inf)  # CANINE has none
     check(not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}")
     check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt and a padding token")
     check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
@@ -912,10 +950,9 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     check(not wrapped, f"the weights of {model_id} have other names, such as {listed(wrapped[:1])}: {inside}")
     lost = [name for name in sorted(report["missing_keys"]) if name.startswith(encoder) or not classes]
     names = f"{listed(lost)} (not fine-tuned? see --teacher_epochs)"
-    whole = not any(name.startswith(encoder) for name in lost)
-    check(classes or whole, f"{model_id} is not a finished model: it lacks {names}")
+    check(classes or not lost, f"{model_id} is not a finished model: it lacks {names}")
     if lost:
-        print(f"warning: {model_id} lacks weights, now random: {names}")
+        print(f"warning: {model_id} lacks weights, now random: {listed(lost)}")
 
 
 def longest_input(model):
@@ -934,31 +971,39 @@ def save_tokenizer(tokenizer, folder):
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)  # several chat templates would be a folder
     path = Path(folder, "tokenizer_config.json")
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
 
 
 def keep_layers(model, count):
-    """A copy of the model with `count` of its layers, evenly spaced: 2 of 6 are the third and the last."""
+    """A copy of the model with `count` of its layers, evenly spaced: 2 of 6 are the third and the last.
+
+    So it goes with the encoder's layers, the decoder's if there are both, and ALBERT's groups that share weights.
+    """
     config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
     check(count <= total, f"--student_layers {count}: the model has only {total} layers")
-    kept = [(i + 1) * total // count - 1 for i in range(count)]
+    names = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_hidden_groups")
     with as_user_error(f"--student_layers {count} does not work with {config.model_type} models"):
-        config.num_hidden_layers = count
-        for name in ("layer_types", "attention_window"):  # the latter Longformer's
+        depths = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        kept = {n: [(i + 1) * n // min(n, count) - 1 for i in range(min(n, count))] for n in depths.values()}
+        for name, depth in depths.items():
+            setattr(config, name, min(depth, count))
+        for name in ("layer_types", "attention_window", "attention_layers", "attn_layers"):  # a setting for each layer
             if isinstance(getattr(config, name, None), list):
-                setattr(config, name, [getattr(config, name)[i] for i in kept])
+                setattr(config, name, [getattr(config, name)[i] for i in kept[total]])
+        if hasattr(config, "attention_types"):  # what GPT-Neo makes its attention_layers from
+            config.attention_types = [[config.attention_layers, 1]]
         # As loading will build it: ModernBERT's first layer lacks a norm that the others have.
         smaller = AutoModelForSequenceClassification.from_config(config).eval()
     weights, encoder = model.state_dict(), None  # the encoder comes first
     for name, module in model.named_modules():
-        parent = name.rpartition(".")[0]
-        # FlauBERT has lists beside each other, ALBERT none: its layers share their weights.
-        if isinstance(module, torch.nn.ModuleList) and len(module) == total and encoder in (None, parent):
+        parent = name.rpartition(".")[0].replace("decoder", "encoder")
+        # FlauBERT has lists beside each other.
+        if isinstance(module, torch.nn.ModuleList) and len(module) in kept and encoder in (None, parent):
             encoder = parent
-            for place, i in enumerate(kept):
+            for place, i in enumerate(kept[len(module)]):
                 weights |= {f"{name}.{place}.{part}": tensor for part, tensor in module[i].state_dict().items()}
     smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
     return smaller
@@ -968,7 +1013,7 @@ def class_names(config):
     """A model's own class names, in the order of its outputs."""
     names = [config.id2label.get(output) for output in range(config.num_labels)]
     check(None not in names, f"id2label in {config.name_or_path} must begin with 0, not be {listed(config.id2label)}")
-    return names
+    return [str(name) for name in names]  # JSON may hold numbers
 
 
 def adopt_classes(teacher_names, names):

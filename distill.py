@@ -235,6 +235,9 @@ PART = 16_384  # examples: as many labels are lost, at most, if a run is killed
 OVERFLOW = {"fp16": "try --precision fp32 or bf16, which hold larger numbers; if that does not help, "}
 PREDICTION_TOKENS = {"cpu": 512, "cuda": 8192}  # per batch: enough to keep the device busy; more would pad more
 
+# Their answers depend on padding, masked or not: a convolution or a Fourier transform, say, takes it in.
+READ_PADDING = ("canine", "convbert", "fnet", "nystromformer", "reformer", "yoso")
+
 
 @dataclass
 class Examples:
@@ -307,7 +310,8 @@ def predict(model, tokens, precision, bar=None):
     """
     device, world_size = tokens.device, dist.get_world_size()
     model.eval()
-    batches = data.prediction_batches(tokens.lengths, PREDICTION_TOKENS[device.type])
+    unpadded = model.config.model_type in READ_PADDING
+    batches = data.prediction_batches(tokens.lengths, PREDICTION_TOKENS[device.type], unpadded)
     logits = torch.zeros(len(tokens), model.config.num_labels, device=device)
     with autocast(device, precision):
         for rows in batches[dist.get_rank() :: world_size]:
@@ -586,11 +590,18 @@ def read_task(args):
     limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
     limits |= {"the teacher": teacher_tokenizer.model_max_length} if teacher else {}
     limit = min(limits, key=limits.get)
+    student_tokenizer.model_max_length = limits[limit]  # so it is served as it was trained
 
-    def tokenized(tokenizer):
-        return {role: data.tokenize(tokenizer, split.texts, limits[limit]) for role, split in splits.items()}
+    def tokenized(who, model, tokenizer):
+        how = (tokenizer, model.config, limits[limit])
+        its = {role: data.tokenize(*how, split.texts, role) for role, split in splits.items()}
+        special = [f"{tokens.special:,} of {len(tokens):,} {role}" for role, tokens in its.items() if tokens.special]
+        if special:
+            say(f"texts that hold special tokens of the {who}: {', '.join(special)}")
+        return its
 
-    tokens, teacher_tokens = tokenized(student_tokenizer), tokenized(teacher_tokenizer) if teacher else {}
+    tokens = tokenized("student", student, student_tokenizer)
+    teacher_tokens = tokenized("teacher", teacher, teacher_tokenizer) if teacher else {}
     cut = [f"{its.cut:,} of {len(its):,} {role}" for role, its in tokens.items() if its.cut]
     if cut:
         say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")

@@ -264,7 +264,7 @@ def answers(folder, dataset):
         device = distill.choose_device()
         precision = distill.choose_precision("auto", device)
         for role in texts:
-            tokens = data.tokenize(tokenizer, texts[role], 512).to(device)
+            tokens = data.tokenize(tokenizer, model.config, 512, texts[role], role).to(device)
             found[role] = distill.predict(model.to(device), tokens, precision).argmax(-1).cpu()
         safetensors.torch.save_file(found, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)

@@ -360,7 +360,8 @@ def test_run_over_two_students(run, save_tiny, reviews_folder, capsys, tmp_path,
     with distill.process_group(torch.device("cpu")):
         for name, row in zip(students, rows[1:3], strict=True):
             model, tokenizer = data.load_model(name)
-            logits = distill.predict(model, data.tokenize(tokenizer, splits["test"].texts, 64), "fp32")
+            tokens = data.tokenize(tokenizer, model.config, 64, splits["test"].texts, "test")
+            logits = distill.predict(model, tokens, "fp32")
             scores = distill.score(logits, splits["test"].labels)
             assert row["accuracy"] == pytest.approx(scores["accuracy"])
             assert row["loss"] == pytest.approx(scores["loss"], rel=1e-4)

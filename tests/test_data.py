@@ -41,6 +41,10 @@ def tiny_split(texts):
     return datasets.Dataset.from_dict({"text": texts})
 
 
+def tokenize(tokenizer, texts, max_length, config=None):
+    return data.tokenize(tokenizer, config or transformers.BertConfig(), max_length, texts, "train")
+
+
 @pytest.fixture
 def write(tmp_path):
     """write(name, text or bytes) -> path."""
@@ -1160,7 +1164,7 @@ def test_padding_does_not_change_logits(save_family, reviews, family):
     model, tokenizer = data.load_model(save_family(family))
     rotary_or_relative = family in ("modernbert", "deberta-v2")
     assert data.longest_input(model) == (2**63 - 1 if rotary_or_relative else POSITIONS.get(family, 64))
-    tokens = data.tokenize(tokenizer, tiny_split([text for text, _ in reviews[:30]]), 60)
+    tokens = tokenize(tokenizer, tiny_split([text for text, _ in reviews[:30]]), 60, model.config)
     with torch.no_grad():
         alone = torch.cat(
             [model(input_ids=ids[None]).logits for ids in tokens.ids.long().split(tokens.lengths.tolist())]
@@ -1229,6 +1233,42 @@ def test_keep_layers_of_models_with_lists_of_parts_or_settings():
     funnel = transformers.FunnelConfig(block_sizes=[2, 2], d_model=8, n_head=2, d_head=4, d_inner=8, vocab_size=20)
     with pytest.raises(UserError, match="--student_layers 2 does not work with funnel models: "):
         data.keep_layers(transformers.AutoModelForSequenceClassification.from_config(funnel), 2)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "shape", "kept"),
+    [
+        ("bart", 4, {"encoder_layers": 4, "decoder_layers": 3}, {"encoder": [1, 3], "decoder": [0, 2]}),
+        ("bart", 3, {"encoder_layers": 3, "decoder_layers": 1}, {"encoder": [0, 2], "decoder": [0]}),
+        ("t5", 4, {"num_layers": 4, "num_decoder_layers": 4}, {"encoder": [1, 3], "decoder": [1, 3]}),
+        (
+            "gpt_neo",
+            4,
+            {"num_layers": 4, "attention_types": [[["global"], 3], [["local"], 1]]},
+            {"transformer": [1, 3]},
+        ),
+        ("albert", 4, {"num_hidden_groups": 4}, {"encoder": [1, 3]}),
+        ("reformer", 4, {"attn_layers": ["local"] * 4}, {"encoder": [1, 3]}),
+    ],
+)
+def test_keep_layers_of_two_stacks_groups_and_lists_of_settings(save_as, tmp_path, model_type, layers, shape, kept):
+    whole, tokenizer = data.load_model(save_as(model_type, num_hidden_layers=layers, **shape))
+    model, found = data.keep_layers(whole, 2), []
+    for place, module in model.named_modules():
+        part = place.split(".")[-2:-1]
+        if isinstance(module, torch.nn.ModuleList) and part and part[0] in kept:
+            found += part
+            for ours, its in zip(module, kept[part[0]], strict=True):
+                expected = whole.get_submodule(place)[its].state_dict()
+                assert all(
+                    torch.equal(weight, expected.get(name, weight)) for name, weight in ours.state_dict().items()
+                )
+    assert sorted(found) == sorted(kept) and model.num_parameters() < whole.num_parameters()
+    if model_type == "gpt_neo":
+        assert model.config.attention_layers == ["global", "local"]
+    distill.save_model(tmp_path / "out", model, tokenizer)
+    again, _ = data.load_model(str(tmp_path / "out"))
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
 def test_a_model_to_be_trained_keeps_a_head_of_as_many_classes(save_tiny, capsys):
@@ -1305,7 +1345,7 @@ def test_a_saved_tokenizer_neither_pads_nor_cuts(tmp_path, save_tiny):
     assert source.backend_tokenizer.padding["length"] == source.backend_tokenizer.truncation["max_length"] == 128
     _, loaded = data.load_model(save_tiny("model", tokenizer=source))
     used = transformers.PreTrainedTokenizerFast(tokenizer_object=source.backend_tokenizer, pad_token="[PAD]")
-    data.tokenize(used, tiny_split(["a b c"]), 3)
+    tokenize(used, tiny_split(["a b c"]), 3)
     for tokenizer, name in ((loaded, "BertTokenizer"), (used, "PreTrainedTokenizerFast")):
         data.save_tokenizer(tokenizer, tmp_path / name)
         saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
@@ -1377,8 +1417,10 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
                 data.load_model(folder, class_names)
 
     save_weights({name: tensor for name, tensor in whole.items() if "classifier" not in name}, folder)
-    data.load_model(folder)
-    assert "lacks weights, now random: classifier.bias, classifier.weight (not f" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"not a finished model: it lacks classifier.bias, classifier.weight \(not fine-t"
+    ):
+        data.load_model(folder)
     data.load_model(folder, ["negative", "positive"])  # to be trained: a new head is what it needs
     assert capsys.readouterr().out == ""
 
@@ -1386,6 +1428,248 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     for class_names in (None, ["negative", "positive"]):
         with pytest.raises(UserError):
             data.load_model(folder, class_names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "several labels per text"),
+        ({"problem_type": "regression"}, "regression"),
+        ({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}, "regression"),
+        ({"architectures": ["ModernBertForTokenClassification"]}, "labels of tokens"),
+    ],
+)
+def test_a_finished_model_classifies_texts(save_tiny, changes, message):
+    folder = save_tiny("model")
+    change_config(folder, **changes)
+    if "id2label" in changes:
+        save_weights({name: its[:1] if "classifier" in name else its for name, its in weights(folder).items()}, folder)
+    with pytest.raises(UserError, match=rf"model is made for {message}: this takes classifiers of texts"):
+        data.load_model(folder)
+    assert data.load_model(folder, ["a", "b"])[0].config.problem_type == "single_label_classification"  # to be trained
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert", "llama"])
+def test_a_classifier_of_tokens_is_no_finished_model(save_as, family):
+    folder = save_as(family)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"not a finished model: it lacks|is made for labels of tokens"):
+        data.load_model(folder)
+
+
+def test_a_config_that_asks_for_tuples_or_numbers_its_classes(save_tiny, tmp_path):
+    folder = save_tiny("model", classes=(1, 2))
+    change_config(folder, return_dict=False, id2label={"0": 1, "1": 2}, label2id={"1": 0, "2": 1})
+    model, tokenizer = data.load_model(folder)
+    assert data.class_names(model.config) == ["1", "2"] and model(
+        **tokenizer("a", return_tensors="pt")
+    ).logits.shape == (1, 2)
+    distill.save_model(tmp_path / "out", model, tokenizer)
+    assert transformers.pipeline("text-classification", str(tmp_path / "out"))("a")[0]["score"] >= 0.5
+
+
+def test_several_chat_templates_are_saved_again_and_again(save_tiny, tmp_path):
+    model, tokenizer = data.load_model(save_tiny("model"))
+    for templates in ({"default": "a", "tools": "b", "rag": "c"}, "a"):
+        tokenizer.chat_template = templates
+        for _ in range(3):
+            distill.save_model(tmp_path / "out", model, tokenizer)
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+
+
+def test_models_that_lie_elsewhere(save_tiny, write, tmp_path):
+    write("run/trainer_state.json", "{}")
+    for name in ("run/checkpoint-500", "run/checkpoint-1000"):
+        save_tiny(name)
+    with pytest.raises(
+        UserError, match=r"load .*run: it has no config.json; but these have: checkpoint-1000, checkpoint-500$"
+    ):
+        data.load_model(str(tmp_path / "run"))
+    write("adapter/adapter_config.json", '{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"adapter: it is an adapter: merge it into its base model first$"):
+        data.load_model(str(tmp_path / "adapter"))
+    write("empty/notes.txt", "")
+    with pytest.raises(UserError, match=r"empty: it has no config.json$"):
+        data.load_model(str(tmp_path / "empty"))
+
+
+# --- scored as served ------------------------------------------------------------------------------------------------
+
+
+def as_served(folder, *columns):
+    """Logits by plain transformers, one text or pair at a time."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        alone = [tokenizer(*texts, truncation=True, return_tensors="pt") for texts in zip(*columns, strict=True)]
+        logits = torch.cat([model(**inputs).logits for inputs in alone])
+    assert logits.std() > 0.01
+    return logits
+
+
+def as_scored(folder, *columns, max_length=512):
+    """Logits as a run computes them, in batches."""
+    model, tokenizer = data.load_model(folder)
+    texts = datasets.Dataset.from_dict(dict(zip("ab", columns, strict=False)))
+    with distill.process_group(torch.device("cpu")):
+        return distill.predict(model, tokenize(tokenizer, texts, max_length, model.config), "fp32")
+
+
+# How a tokenizer differs from BERT's usual one, and what the text may hold.
+TOKENIZERS = {
+    "plain": {},
+    "cuts on the left": {"truncation_side": "left", "model_max_length": 12},
+    "pads on the left": {"padding_side": "left"},
+    "other padding": {"pad_token": "[unused5]"},
+    "specials are text": {"split_special_tokens": True},
+    "more specials": {"additional_special_tokens": ["film", "movie"]},
+}
+DECODER = {"n_embd": 32, "n_head": 2, "n_layer": 2, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0, "init_std": 0.3}
+BART |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+SHAPES = {
+    **FAMILIES,
+    "gpt2": DECODER,
+    "openai-gpt": DECODER,
+    "gpt_neo": {"num_heads": 2, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "llama": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3, "dropout": 0},
+    "bloom": {},
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 2, "dropout": 0, "attention_dropout": 0, "embed_init_std": 0.3},
+    "t5": {**T5, "decoder_start_token_id": 0},
+    "bart": BART,
+    "canine": {"num_hash_buckets": 512, "local_transformer_stride": 8},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [16, 32],
+        "attn_layers": ["local"] * 2,
+        "local_attn_chunk_length": 8,
+        "attention_head_size": 16,
+        "feed_forward_size": 64,
+        "local_attention_probs_dropout_prob": 0.0,
+        "is_decoder": False,
+    },
+    "convbert": {"embedding_size": 32, "head_ratio": 1},
+    "fnet": {"type_vocab_size": 2},
+}
+
+
+@pytest.fixture
+def save_as(save_tiny):
+    """save_as(model type, changes of its tokenizer) -> folder of a classifier of that family."""
+
+    def save(model_type, tokenizer=(), **changes):
+        ids = {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "cls_token_id": 101, "sep_token_id": 102}
+        ids |= {"max_position_embeddings": 512, "n_positions": 512}
+        kind = transformers.CanineTokenizer if model_type == "canine" else transformers.AutoTokenizer
+        its = kind() if model_type == "canine" else kind.from_pretrained(data.demo_model(), **dict(tokenizer))
+        return save_tiny(model_type, model_type, tokenizer=its, **{**ids, **SHAPES[model_type], **changes})
+
+    return save
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "roberta"])
+def test_each_model_reads_its_own_tokens(save_as, reviews, model_type, kind):
+    """What its own tokenizer makes of the text, special tokens in it included."""
+    texts = with_specials(reviews[:40])
+    folder = save_as(model_type, TOKENIZERS[kind])
+    scored = as_scored(folder, texts)
+    assert torch.allclose(scored, as_served(folder, texts), atol=1e-5)
+    if kind in ("cuts on the left", "specials are text", "more specials"):
+        assert not torch.allclose(scored, as_served(save_as(model_type), texts), atol=1e-2)
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_every_family_answers_in_a_batch_as_alone(save_as, reviews, model_type):
+    texts = [text.replace("[SEP]", "[PAD]") for text in with_specials(reviews[:40])]
+    folder = save_as(model_type, {"padding_side": "left"})
+    assert torch.allclose(as_scored(folder, texts), as_served(folder, texts), atol=1e-4)
+
+
+def with_specials(reviews, count=3):
+    """Real sentences, every third with special tokens of BERT's."""
+    texts = [text for text, _ in reviews]
+    texts[::3] = [text.replace(" ", " [SEP] ", count) + " [MASK] [PAD]" for text in texts[::3]]
+    return texts
+
+
+@pytest.mark.parametrize(("given", "limit", "said"), [(16, 16, "--max_length"), (512, 20, "the teacher")])
+def test_a_student_is_served_as_it_was_trained(save_as, write_csv, reviews, tmp_path, capsys, given, limit, said):
+    """Special tokens in the text and the limit of the training: the same scores from the saved folder."""
+    texts, labels = with_specials(reviews[:90]), ["negative", "positive"] * 45
+    for name, rows in (("train", slice(60)), ("validation", slice(60, 90))):
+        write_csv(f"d/{name}.csv", list(zip(texts[rows], labels[rows], strict=True)))
+    teacher, out = save_as("distilbert", {"truncation_side": "left", "model_max_length": 20}), str(tmp_path / "out")
+    flags = ["--teacher_id", teacher, "--student_id", save_as("bert"), "--dataset_id", str(tmp_path / "d")]
+    flags += ["--max_length", str(given), "--epochs", "2", "--batch_size", "16", "--precision", "fp32"]
+    distill.main([*flags, "--learning_rate", "1e-3", "--output_dir", out])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    targets = torch.tensor([0, 1] * 15)
+    served = {"student": as_served(out, texts[60:]), "teacher": as_scored(teacher, texts[60:], max_length=limit)}
+    for who, logits in served.items():
+        loss = torch.nn.functional.cross_entropy(logits, targets).item()
+        assert results[who]["eval_loss"] == pytest.approx(loss, abs=1e-5)
+    assert data.load_model(out)[1].model_max_length == limit
+    assert torch.allclose(as_scored(out, texts[60:]), served["student"], atol=1e-5)
+    answers = transformers.pipeline("text-classification", out)(texts[60:], truncation=True)
+    assert [answer["label"] == "positive" for answer in answers] == served["student"].argmax(1).bool().tolist()
+    printed = capsys.readouterr().out
+    assert f"texts cut at {limit} tokens, by {said}: " in printed
+    assert "special tokens of the student: 20 of 60 train, 10 of 30 eval" in printed
+
+
+def test_pairs_of_which_one_is_empty(save_as, reviews):
+    """Alone, the tokenizer takes an empty second text for none."""
+    first, second = [text for text, _ in reviews[:20]], [text for text, _ in reviews[20:40]]
+    first[3], second[5], second[6] = "", "", ""
+    folder = save_as("bert")
+    assert torch.allclose(as_scored(folder, first, second), as_served(folder, first, second), atol=1e-5)
+    python = transformers.ByT5Tokenizer()
+    assert (
+        tokenize(python, datasets.Dataset.from_dict({"a": ["a"], "b": [""]}), 9).ids.tolist()
+        == python("a", "").input_ids
+    )
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_end_of_sentence_in_the_text_of_an_encoder_decoder(save_as, model_type):
+    model, tokenizer = data.load_model(save_as(model_type))
+    for rows, row in ((["fine", "good [SEP] bad"], 2), (["a [SEP]", "b [SEP]"], 1)):
+        with pytest.raises(UserError, match=rf"^train, row {row}, .*\[SEP\].*{model_type} needs as many '\[SEP\]'"):
+            tokenize(tokenizer, tiny_split(rows), 60, model.config)
+    assert tokenize(tokenizer, tiny_split(["[CLS] a [MASK]", "b"]), 60, model.config).special == 1
+    model.config.eos_token_id = 5
+    with pytest.raises(UserError, match="does not end texts with the token"):
+        tokenize(tokenizer, tiny_split(["a"]), 60, model.config)
+
+
+@pytest.mark.parametrize(("model_type", "positions"), [("gpt2", False), ("llama", False), ("roberta", True)])
+def test_padding_that_the_model_has_another_id_for(save_as, reviews, tmp_path, model_type, positions):
+    """A decoder looks for it in a batch, RoBERTa counts positions from it: neither changes in training or by saving."""
+    texts = [f"{text} [PAD] [unused5]" for text, _ in reviews[:20]]
+    folder = save_as(model_type, {"pad_token": "[unused5]"})
+    assert torch.allclose(as_scored(folder, texts), as_served(folder, texts), atol=1e-5)
+    model, tokenizer = data.load_model(folder, ["negative", "positive"])
+    distill.save_model(tmp_path / "out", model, tokenizer)
+    assert torch.allclose(as_scored(tmp_path / "out", texts), as_served(tmp_path / "out", texts), atol=1e-5)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == (0 if positions else 6)
+    assert not positions or torch.allclose(as_served(tmp_path / "out", texts), as_served(folder, texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "gpt2"])
+def test_pairs_with_token_types_that_the_model_may_not_have(save_as, reviews, tmp_path, model_type):
+    """The student's tokenizer then makes none, as served: a pipeline would end with an IndexError."""
+    first, second = [text for text, _ in reviews[:20]], [text for text, _ in reviews[20:40]]
+    folder = save_as(model_type, type_vocab_size=1) if model_type == "roberta" else save_as(model_type)
+    model, tokenizer = data.load_model(folder, ["negative", "positive"])
+    distill.save_model(tmp_path / "out", model, tokenizer)
+    assert torch.allclose(as_scored(folder, first, second), as_served(tmp_path / "out", first, second), atol=1e-5)
+    pairs = [{"text": a, "text_pair": b} for a, b in zip(first, second, strict=True)]
+    assert len(transformers.pipeline("text-classification", str(tmp_path / "out"))(pairs)) == 20
 
 
 # --- fitting models to data ------------------------------------------------------------------------------------------
@@ -1451,7 +1735,7 @@ def test_names_are_matched_all_by_spelling_or_all_by_number():
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer, reviews):
-    return data.tokenize(tokenizer, tiny_split([text for text, _ in reviews]), 32)
+    return tokenize(tokenizer, tiny_split([text for text, _ in reviews]), 32)
 
 
 def test_tokens_are_the_tokenizers(tokenizer, reviews, tokens):
@@ -1476,62 +1760,44 @@ def test_batches_are_what_the_tokenizer_pads(tokenizer, reviews, tokens):
     assert "attention_mask" not in alone  # nothing is padded
 
 
-def test_padding_goes_where_the_tokenizer_puts_it(save_tiny, reviews):
-    """XLNet reads its answer at the last position: in a batch the same logits as for each text alone."""
-    left = transformers.AutoTokenizer.from_pretrained(data.demo_model(), padding_side="left")
-    folder = save_tiny("xlnet", tokenizer=left)
+def test_xlnet_is_padded_on_the_left(save_tiny, reviews):
+    """It reads its answer at the last position, whatever its tokenizer does: the same logits as for each text alone."""
+    folder = save_tiny("xlnet")
     shape = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "dropout": 0, "initializer_range": 0.3}
     torch.manual_seed(0)
     transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**shape)).save_pretrained(folder)
-    model, tokenizer = data.load_model(folder)
     texts = [text for text, _ in reviews[:30]]
-    tokens = data.tokenize(tokenizer, tiny_split(texts), 60)
-    rows = torch.randperm(30)
-    _, inputs = tokens.batch(rows)
-    expected = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=60, return_tensors="pt")
-    assert all(torch.equal(inputs[name].long(), expected[name]) for name in ("input_ids", "attention_mask"))
-    with torch.no_grad():
-        alone = torch.cat([model(**tokens.batch(row[None])[1]).logits for row in rows])
-        assert torch.allclose(distill.forward(model, inputs), alone, atol=1e-5) and alone.std() > 0.01
+    assert torch.allclose(as_scored(folder, texts), as_served(folder, texts), atol=1e-5)
+    model, tokenizer = data.load_model(folder)
+    tokens = tokenize(tokenizer, tiny_split(texts), 60, model.config)
+    _, inputs = tokens.batch(torch.arange(30))
+    tokenizer.padding_side = "left"
+    expected = tokenizer(texts, padding=True, truncation=True, max_length=60, return_tensors="pt")
+    padding = expected["attention_mask"] == 0
+    assert torch.equal(inputs["attention_mask"], ~padding) and padding.any()
+    assert torch.equal(inputs["input_ids"][~padding], expected["input_ids"][~padding])
 
 
 @pytest.mark.parametrize("in_rust", [True, False])
 def test_how_many_texts_are_cut_is_known(tokenizer, in_rust):
     tokenizer = tokenizer if in_rust else transformers.ByT5Tokenizer()
-    tokens = data.tokenize(tokenizer, tiny_split(["a", "a b c d e f g", "a b c d e", "a b c d e f"]), 7)
+    tokens = tokenize(tokenizer, tiny_split(["a", "a b c d e f g", "a b c d e", "a b c d e f"]), 7)
     assert tokens.cut == (2 if in_rust else 3) and tokens.lengths.max() == 7
     pairs = datasets.Dataset.from_dict({"a": ["a b c", "a b c d"], "b": ["d", "d"]})
-    assert data.tokenize(tokenizer, pairs, 7).cut == (1 if in_rust else 2)
-
-
-@pytest.mark.parametrize("family", ["BertTokenizer", "RobertaTokenizer", "ByT5Tokenizer"])
-def test_what_looks_like_a_special_token_is_text(tokenizer, reviews, family):
-    if family == "RobertaTokenizer":
-        marks = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"\u0120adefilmnprs<>/[]PESMAK"]
-        tokenizer = transformers.RobertaTokenizer(vocab={mark: i for i, mark in enumerate(marks)}, merges=[])
-    elif family == "ByT5Tokenizer":
-        tokenizer = transformers.ByT5Tokenizer()
-    texts = ["a </s><pad> [SEP] [MASK] film", *(text for text, _ in reviews[:100])]
-    expected = tokenizer(texts[1:], truncation=True, max_length=99)["input_ids"]
-    tokens = data.tokenize(tokenizer, tiny_split(texts), 99)
-    first, *others = (ids.tolist() for ids in tokens.ids.split(tokens.lengths.tolist()))
-    assert others == expected  # ordinary text is tokenized as ever
-    assert sum(token in tokenizer.all_special_ids for token in first) == tokenizer.num_special_tokens_to_add()
-    decoded = tokenizer.decode(first, skip_special_tokens=True)
-    assert decoded.replace(" ", "").lower() == texts[0].replace(" ", "").lower()
+    assert tokenize(tokenizer, pairs, 7).cut == (1 if in_rust else 2)
 
 
 def test_too_few_tokens_for_any_text(tokenizer):
     pairs = datasets.Dataset.from_dict({"a": ["one two"], "b": ["four"]})
     with pytest.raises(UserError, match="4 tokens are too few, 3 are special: raise --max_length"):
-        data.tokenize(tokenizer, pairs, 4)
-    assert data.tokenize(tokenizer, pairs, 5).lengths.tolist() == [5]
-    assert data.tokenize(tokenizer, tiny_split(["one two"]), 3).lengths.tolist() == [3]
+        tokenize(tokenizer, pairs, 4)
+    assert tokenize(tokenizer, pairs, 5).lengths.tolist() == [5]
+    assert tokenize(tokenizer, tiny_split(["one two"]), 3).lengths.tolist() == [3]
 
 
 def test_pairs_keep_their_token_types(tokenizer):
     pairs = datasets.Dataset.from_dict({"a": ["one two", "three"], "b": ["four", "five six seven eight"]})
-    _, inputs = data.tokenize(tokenizer, pairs, 32).batch(torch.tensor([0, 1]))
+    _, inputs = tokenize(tokenizer, pairs, 32).batch(torch.tensor([0, 1]))
     expected = tokenizer(pairs["a"][:], pairs["b"][:], padding=True, return_tensors="pt")
     for name in expected:
         assert torch.equal(inputs[name].long(), expected[name]), name
@@ -1546,7 +1812,7 @@ def test_every_example_once_an_epoch(tokens, examples, batch_size):
 
 
 def test_slices_of_tokens(tokenizer, tokens):
-    pairs = data.tokenize(tokenizer, datasets.Dataset.from_dict({"a": list("abcd"), "b": list("efgh")}), 32)
+    pairs = tokenize(tokenizer, datasets.Dataset.from_dict({"a": list("abcd"), "b": list("efgh")}), 32)
     for whole, start, stop in ((tokens, 0, 70), (tokens, 70, 100), (tokens, 990, 2000), (pairs, 1, 3)):
         part = whole.slice(start, stop)
         rows = torch.arange(len(part))
