@@ -195,8 +195,7 @@ def text_batches(split, batch_size, size):
 
 def encode(tokenizer, columns, max_length):
     limit = min(max_length, tokenizer.model_max_length)
-    texts = data.examples(tokenizer, *columns)
-    return tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+    return tokenizer(*columns, truncation=True, max_length=limit, padding=True, return_tensors="pt")
 
 
 def measure_cell(variants, texts, size, device, args):
@@ -420,7 +419,7 @@ def in_onnx_runtime(model, split, args):
         variant = replace(model, precision=precision, runtime="ONNX Runtime", network=network, figures=figures)
         if split:
             # One by one: in int8 the scale of a batch depends on all its texts, and so do the answers.
-            examples = (encode(model.tokenizer, texts.values(), args.max_length) for texts in split.texts.iter(1))
+            examples = (encode(model.tokenizer, texts.values(), args.max_length) for texts in split.texts)
             variant.logits = torch.cat([network(**inputs) for inputs in examples])[:, model.order]
         variants.append(variant)
     if split:

@@ -722,10 +722,10 @@ def tokenize(tokenizer, config, max_length, texts, where):
     The Tokens are cut to max_length or the tokenizer's own limit, and unpadded. Raises UserError: no room for text, or
     a text holds the token by which an encoder-decoder finds the end.
     """
-    columns, max_length = len(texts.column_names), min(max_length, tokenizer.model_max_length)
-    [added] = tokenizer([("", "")] if columns == 2 else [""])["input_ids"]
+    pairs, max_length = len(texts.column_names) == 2, min(max_length, tokenizer.model_max_length)
+    [added] = tokenizer([("", "")] if pairs else [""])["input_ids"]
     room = f"{max_length} tokens are too few, {len(added)} are special: raise --max_length"
-    check(max_length >= len(added) + columns, room)
+    check(max_length > len(added) + pairs, room)
     end = config.eos_token_id if config.is_encoder_decoder else None
     check(end is None or end in added, f"the tokenizer does not end texts with the token {config.model_type} reads")
     # What unknown words become is not meant; but GPT-2's end of text is that, too.
@@ -734,7 +734,10 @@ def tokenize(tokenizer, config, max_length, texts, where):
     ids, type_ids, lengths, cut = array("i"), array("B"), array("q"), 0  # grow in place: nothing is in memory twice
     options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     for chunk in texts.iter(10_000):
-        encoded = tokenizer(examples(tokenizer, *chunk.values()), **options)
+        columns = list(chunk.values())
+        if pairs and tokenizer.is_fast:  # alone, a text and an empty one make no pair
+            columns = [[(first, second) if second else first for first, second in zip(*columns, strict=True)]]
+        encoded = tokenizer(*columns, **options)
         for row, tokens in enumerate(encoded["input_ids"], len(lengths)):
             held += sum(map(special.__contains__, tokens)) > usual
             if end is not None and tokens.count(end) != added.count(end):
@@ -746,8 +749,7 @@ def tokenize(tokenizer, config, max_length, texts, where):
         longer = [bool(encoding.overflowing) for encoding in encoded.encodings or []]
         cut += sum(longer or [len(tokens) == max_length for tokens in encoded["input_ids"]])  # Python's do not tell
     lengths = torch.frombuffer(lengths, dtype=torch.int64)
-    # Without types they are 0. But models without a table of types, such as GPT-2, look a type up among the words.
-    typed = type_ids and (np.any(type_ids) or not hasattr(config, "type_vocab_size"))
+    typed = type_ids and (np.any(type_ids) or not hasattr(config, "type_vocab_size"))  # GPT-2 takes 0 for a word
     return Tokens(
         ids=torch.frombuffer(ids, dtype=torch.int32),
         type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if typed else None,
@@ -761,19 +763,12 @@ def tokenize(tokenizer, config, max_length, texts, where):
     )
 
 
-def examples(tokenizer, first, second=None):
-    """One or two columns as the tokenizer takes a text or pair alone: not in pairs where the second is empty."""
-    if second is None:
-        return first
-    return [(a, b) if b or not tokenizer.is_fast else a for a, b in zip(first, second, strict=True)]
-
-
 @dataclass
 class Tokens:
     """The token ids of N examples end to end: example i is ids[offsets[i] : offsets[i + 1]]."""
 
     ids: torch.Tensor  # [total] int32
-    type_ids: torch.Tensor | None  # [total] uint8: the second sentence's are 1; None if none are needed
+    type_ids: torch.Tensor | None  # [total] uint8: a pair's second text has 1; None if not needed
     offsets: torch.Tensor  # [N + 1] int64
     lengths: torch.Tensor  # [N] int64, always on the host, where shapes are decided
     pad_id: int
@@ -978,19 +973,16 @@ def save_tokenizer(tokenizer, folder):
 
 
 def keep_layers(model, count):
-    """A copy of the model with `count` of its layers, evenly spaced: 2 of 6 are the third and the last.
-
-    So it goes with the encoder's layers, the decoder's if there are both, and ALBERT's groups that share weights.
-    """
+    """A copy of the model with `count` of its layers, evenly spaced: 2 of 6 are the third and the last."""
     config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
     check(count <= total, f"--student_layers {count}: the model has only {total} layers")
-    names = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_hidden_groups")
+    names = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_hidden_groups")  # BART, T5, ALBERT
     with as_user_error(f"--student_layers {count} does not work with {config.model_type} models"):
         depths = {name: getattr(config, name) for name in names if hasattr(config, name)}
         kept = {n: [(i + 1) * n // min(n, count) - 1 for i in range(min(n, count))] for n in depths.values()}
         for name, depth in depths.items():
             setattr(config, name, min(depth, count))
-        for name in ("layer_types", "attention_window", "attention_layers", "attn_layers"):  # a setting for each layer
+        for name in ("layer_types", "attention_window", "attention_layers"):  # a setting for each layer
             if isinstance(getattr(config, name, None), list):
                 setattr(config, name, [getattr(config, name)[i] for i in kept[total]])
         if hasattr(config, "attention_types"):  # what GPT-Neo makes its attention_layers from
