@@ -727,7 +727,6 @@ def tokenize(tokenizer, config, max_length, texts, where):
     room = f"{max_length} tokens are too few, {len(added)} are special: raise --max_length"
     check(max_length > len(added) + pairs, room)
     end = config.eos_token_id if config.is_encoder_decoder else None
-    check(end is None or end in added, f"the tokenizer does not end texts with the token {config.model_type} reads")
     # What unknown words become is not meant; but GPT-2's end of text is that, too.
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
     usual, held = sum(map(special.__contains__, added)), 0
@@ -740,9 +739,10 @@ def tokenize(tokenizer, config, max_length, texts, where):
         encoded = tokenizer(*columns, **options)
         for row, tokens in enumerate(encoded["input_ids"], len(lengths)):
             held += sum(map(special.__contains__, tokens)) > usual
-            if end is not None and tokens.count(end) != added.count(end):
+            if end is not None and tokens.count(end) != max(1, added.count(end)):
                 text = f"{where}, row {row + 1}, {str([*texts[row].values()])[:80]}"
-                raise UserError(f"{text}: {config.model_type} needs as many '{tokenizer.decode(end)}' in all texts")
+                token = f"{tokens.count(end)} times '{tokenizer.decode(end)}', not {max(1, added.count(end))}"
+                raise UserError(f"{text}: {token}, as a {config.model_type} model needs it")
         ids.extend(chain.from_iterable(encoded["input_ids"]))
         type_ids.extend(chain.from_iterable(encoded.get("token_type_ids", [])))
         lengths.extend(map(len, encoded["input_ids"]))
