@@ -1,4 +1,4 @@
-"""Parameters, megabytes, latency and accuracy of a teacher and its students, as a Markdown table.
+"""Size, latency and accuracy of a teacher and its students, and which texts a student may answer alone.
 
     python bench.py --demo                                       # what `python distill.py --demo` has left in outputs
     python bench.py --teacher_id T --student_id S1,S2 --dataset_id nyu-mll/glue --dataset_config sst2
@@ -7,29 +7,25 @@ Models are measured as they would be served: in eval mode, under inference_mode,
 All get the same texts, each batch padded to its longest, and are compared with the teacher, or else the first student.
 """
 
+import contextlib
 import copy
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import logging
 import os
-import platform
 import re
 import shlex
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-from scipy.stats import binomtest  # comes with sagemaker
-from tqdm import tqdm
 
 import data
 import distill
@@ -46,45 +42,50 @@ class Config:
 
     # Models
     teacher_id: str = flag(None, "Hub id or local folder; without it, students are compared with the first of them")
+    teacher_column: list = flag(None, "instead of teacher_id: the column of its answers, or one per class")
     student_id: list = flag(None, "Hub ids or local folders")
     # Data
     dataset_id: str = flag(None, "Hub id, or local folder or file; without it there is no accuracy")
     dataset_config: str = flag(None, "configuration of a Hub data set")
-    train_split: str = flag("train", "split with labels, that the class names are read from")
+    train_split: str = flag("train", "split that the students have learned from")
     eval_split: str = flag("validation", "split to score; slices such as 'test[:1000]' work")
+    calibration_split: str = flag(None, "another split, or a file: texts that tell what a student may answer alone")
     text_columns: list = flag(None, "one or two; by default found by their usual names")
-    label_column: str = flag("label", "column of the true labels")
+    label_column: str = flag("label", "column of the true labels; none: only agreement is scored")
     max_length: int = flag(512, "tokens per example, at most", at_least=3)
     demo: bool = flag(False, "the demo's test split, and the models that the demo leaves in ./outputs")
-    # The grid of measurements; the headline is the first of each list
-    batch_sizes: list = flag("1,8,32,128", "examples per batch")
-    lengths: list = flag(None, "tokens per example, or real: the data's own; by default real,16,64,128")
+    # What is timed
+    batch_size: int = flag(1, "examples per call", at_least=1)
+    length: str = flag(None, "tokens per example, or real: the data's own; by default real, without a data set 64")
     precision: list = flag("fp32", f"of the weights: {', '.join(DTYPES)}")
     compile: bool = flag(False, "measure every model under torch.compile, too")
     onnx: bool = flag(False, "export every model, measure it in ONNX Runtime too, in fp32 and int8")
-    min_run_time: float = flag(0.5, "seconds to time each model in each cell, at least", above=0)
+    min_run_time: float = flag(0.5, "seconds to time each model, at least", above=0)
     # Machine
     device: str = flag("auto", "auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
-    threads: int = flag(torch.get_num_threads(), "CPU threads", at_least=1)
+    threads: int = flag(torch.get_num_threads(), "CPU threads of every model's calls; by default torch's", at_least=1)
     # What a run leaves behind
-    output: str = flag("bench.json", "JSON file of every figure")
-    model_card: str = flag(None, "put the tables into DIR/README.md, in place of older ones", metavar="DIR")
+    output: str = flag("bench.json", "JSON file of every figure, in the working folder unless it names another")
+    predictions: str = flag(None, "JSON lines file of the first student's answers, sure disagreements first")
 
     def __post_init__(self):
-        self.lengths = self.lengths or (["real"] if self.dataset_id else []) + ["16", "64", "128"]
         self.models = [name for name in (self.teacher_id, *(self.student_id or [])) if name]
-        numbers = [size for size in self.lengths if size != "real"]
+        self.length = self.length or ("real" if self.dataset_id else "64")
+        number = self.length.isdecimal() and int(self.length) >= 3
+        taught = self.dataset_id and bool(self.teacher_id) != bool(self.teacher_column)
+        paired = taught and self.student_id and self.calibration_split != self.eval_split
         data.check(self.models, "no model is named: give --teacher_id and --student_id, one of them, or --demo")
         data.check(len(set(self.models)) == len(self.models), "--student_id: a model is named twice")
-        data.check(all(n.isdecimal() and int(n) >= 1 for n in self.batch_sizes), "--batch_sizes: numbers from 1")
-        data.check(all(n.isdecimal() and int(n) >= 3 for n in numbers), "--lengths: numbers from 3, or 'real'")
-        data.check(self.dataset_id or numbers == self.lengths, "--lengths real needs a data set: give --dataset_id")
-        self.batch_sizes = [int(size) for size in self.batch_sizes]
-        self.lengths = [size if size == "real" else int(size) for size in self.lengths]
+        data.check(number or (self.dataset_id and self.length == "real"), "--length: from 3, or real with --dataset_id")
+        data.check(taught or not self.teacher_column, "--teacher_column: of --dataset_id, instead of --teacher_id")
+        data.check(paired or not self.calibration_split, "--calibration_split needs a teacher and another --eval_split")
+        data.check(paired or not self.predictions, "--predictions needs --dataset_id, a teacher and --student_id")
+        self.length = int(self.length) if number else "real"
 
 
 # The defaults under --demo. The test split, since validation chose the student's epoch.
 DEMO = {"teacher_id": "./outputs/teacher", "student_id": "./outputs", "dataset_id": "demo", "eval_split": "test"}
+DEMO |= {"calibration_split": "validation"}
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
@@ -95,41 +96,37 @@ def run(args, device, conditions):
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # read by the tokenizers when they first start threads
 
     # 1. Read.
-    split = class_names = None
-    if args.dataset_id:
-        roles = {"train": args.train_split, "eval": args.eval_split}
-        source = (args.dataset_id, args.dataset_config, roles, args.text_columns, args.label_column)
-        splits, class_names = distill.from_rank0(lambda: data.load_splits(*source))  # a file's errors become a line
-        split = splits["eval"]
-    models = load_models(args, class_names)
-    texts = {cell: text_batches(split, *cell) for cell in itertools.product(args.batch_sizes, args.lengths)}
+    models, splits, class_names = distill.from_rank0(lambda: read(args))  # a file's errors become a line
+    texts = text_batches(splits.get("eval"), args.batch_size, args.length)
 
     # 2. Every model in every precision and runtime. All are on the device together, since they take turns.
     variants = []
     for precision in args.precision:
-        eager = [in_pytorch(model, precision, split, device, args) for model in models]
+        eager = [in_pytorch(model, precision, splits, device, args) for model in models]
         variants += eager
         if args.compile:
             torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 torch.compile silently runs eagerly
             variants += [replace(v, runtime="compiled", network=torch.compile(v.network, dynamic=True)) for v in eager]
     if args.onnx:
-        exported = [variant for model in models for variant in in_onnx_runtime(model, split, args)]
+        exported = [variant for model in models for variant in in_onnx_runtime(model, splits, args)]
         variants += sorted(exported, key=lambda variant: variant.precision)
-    if split:
-        for variant in variants:
-            variant.figures |= compare(variant.logits, variants[0].logits, split.labels)
 
-    # 3. Measure and report.
-    cells = []
-    for (_, size), batches in tqdm(texts.items(), unit=" cells", leave=False, disable=None):
-        cells += measure_cell(variants, batches, size, device, args)
-    rows = [{**cells[i], **variant.figures} for i, variant in enumerate(variants)]
-    results = {**conditions, "arguments": asdict(args), "models": rows, "cells": cells}
+    # 3. Time, compare and report.
+    rows, pairs = measure_all(variants, texts, device, args), []
+    if splits:
+        column = {role: split.answers for role, split in splits.items()}
+        labels, answers = splits["eval"].labels, column if args.teacher_column else variants[0].logits
+        for variant, row in zip(variants, rows, strict=True):
+            row |= compare(variant.logits["eval"], answers["eval"], labels)
+        if args.calibration_split:
+            pairs = [*cascades(variants, rows, answers, labels, args)]
+        if args.predictions:
+            student = variants[args.models.index(args.student_id[0])]
+            lines = predictions(splits["eval"], answers["eval"], student.logits["eval"], class_names)
+            distill.write("".join(lines), Path(args.predictions))
+    results = {**conditions, "arguments": asdict(args), "models": rows, "cascades": pairs}
     distill.write(json.dumps(results, indent=2), Path(args.output))
-    text = report(rows, cells, conditions, args)
-    if args.model_card:
-        put_into_card(text, Path(args.model_card, "README.md"))
-    print(text, json.dumps({"models": rows}), sep="\n")
+    print(report(results), json.dumps({"models": rows, "cascades": pairs}), sep="\n")
 
 
 @dataclass(eq=False)  # so that it can be a key
@@ -142,40 +139,57 @@ class Variant:
     network: Callable  # of a batch's inputs, by name
     precision: str = "fp32"
     runtime: str = "PyTorch"  # or compiled, or ONNX Runtime
-    figures: dict = field(default_factory=dict)  # size and scores
-    logits: torch.Tensor | None = None  # [N, C] float32, on the CPU, of the evaluation split
+    figures: dict = field(default_factory=dict)  # its size
+    logits: dict = field(default_factory=dict)  # role of a split: [N, C] float32, on the CPU
 
 
-def load_models(args, class_names):
-    """All models as Variants on the CPU: they have the same classes and read --lengths tokens."""
+def read(args):
+    """All models as Variants on the CPU, the splits by role, and the class names. Raises UserError."""
+    loaded = [data.load_model(name) for name in args.models]
+    names = [data.class_names(network.config) for network, _ in loaded]
+    splits, class_names = read_splits(args, names[0]) if args.dataset_id else ({}, names[0])
     models = []
-    for name in args.models:
-        network, tokenizer = data.load_model(name)
-        own_names = data.class_names(network.config)
-        class_names = class_names or own_names
-        order = data.match_classes(own_names, class_names)
+    for name, own_names, (network, tokenizer) in zip(args.models, names, loaded, strict=True):
+        order, limit = data.match_classes(own_names, class_names), tokenizer.model_max_length
         mismatch = f"{name} has the classes {', '.join(own_names)}, not {', '.join(class_names)}"
         data.check(order, f"{mismatch}: leave it out, or rename them in its config.json")
-        limit = tokenizer.model_max_length
-        fits = all(size == "real" or size <= limit for size in args.lengths)
-        data.check(fits, f"--lengths: {name} reads {limit} tokens at most")
+        data.check(args.length == "real" or args.length <= limit, f"--length: {name} reads {limit} tokens at most")
         figures = {"parameters": network.num_parameters()}
         figures["without_embeddings"] = network.num_parameters(exclude_embeddings=True)
         models.append(Variant(name, tokenizer, order, network, figures=figures))
-    return models
+    return models, splits, class_names
 
 
-def in_pytorch(model, precision, split, device, args):
-    """A model of load_models() in this precision, on the device, with its logits."""
+def read_splits(args, model_classes):
+    """The splits to score and to calibrate on, by role, and the data's classes in the order of the first model's."""
+    source, answers = (args.dataset_id, args.dataset_config), args.teacher_column or ()
+    names, columns = {"train": args.train_split, "eval": args.eval_split}, (args.text_columns, args.label_column)
+    splits, class_names = data.load_splits(*source, names, *columns, answers, model_classes)
+    if args.calibration_split:
+        names, columns = {"train": args.calibration_split}, splits["eval"].texts.column_names
+        file = Path(args.calibration_split).expanduser()
+        if file.is_file():
+            source, names = (str(file), None), {"train": "train"}
+            columns = ["text", *columns[1:]] if file.suffix == ".txt" else columns
+        # As text to learn from, which need not have labels: what is compared here are answers.
+        found, _ = data.load_splits(*source, names, columns, "none", answers, class_names)
+        splits["calibration"] = found["train"]
+        train, scored, new = [{*zip(*split.texts[:].values(), strict=True)} for split in splits.values()]
+        if known := len(new & (train | scored)):
+            print(f"warning: {known:,} texts to calibrate on are in training or eval too: the promises may not hold")
+    return {role: split for role, split in splits.items() if role != "train"}, class_names
+
+
+def in_pytorch(model, precision, splits, device, args):
+    """A model of read() in this precision, on the device, with its logits."""
     network = copy.deepcopy(model.network).to(device, DTYPES[precision])
     weights = sum(tensor.nbytes for tensor in itertools.chain(network.parameters(), network.buffers()))
     figures = {**model.figures, "megabytes": weights / 1e6}
-    variant = replace(model, network=network, precision=precision, figures=figures)
-    if split:
-        tokens = data.tokenize(model.tokenizer, network.config, args.max_length, split.texts, args.eval_split)
-        # "fp32" means no autocast here: the weights are already in their precision.
-        variant.logits = distill.predict(network, tokens.to(device), "fp32").cpu()[:, model.order]
-    return variant
+    how = (model.tokenizer, network.config, args.max_length)
+    tokens = {role: data.tokenize(*how, splits[role].texts, role).to(device) for role in splits}
+    # "fp32" means no autocast here: the weights are already in their precision.
+    logits = {role: distill.predict(network, tokens[role], "fp32").cpu()[:, model.order] for role in splits}
+    return replace(model, network=network, precision=precision, figures=figures, logits=logits)
 
 
 # --- Latency ---------------------------------------------------------------------------------------------------------
@@ -184,12 +198,12 @@ SAMPLE = 128  # texts of the data set, the same for all models; enough batches o
 MIN_CALLS = 5
 
 
-def text_batches(split, batch_size, size):
-    """The texts of one cell of the grid: a list of batches, each a list of one or two columns of strings."""
-    if size != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `size`
-        return [[[" ".join(map(str, range(size)))] * batch_size]]
-    data.check(batch_size <= len(split), f"--batch_sizes {batch_size}: the split has only {len(split)} examples")
-    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(SAMPLE, batch_size)]
+def text_batches(split, batch_size, length):
+    """The texts that are timed: a list of batches, each a list of one or two columns of strings."""
+    if length != "real":  # a number is at least one token in every vocabulary, so these can be cut to exactly `length`
+        return [[[" ".join(map(str, range(length)))] * batch_size]]
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    rows = rows.repeat(-(-batch_size // len(split)))[: max(SAMPLE, batch_size)]  # a small split's fill a batch together
     return [list(split.texts[part.tolist()].values()) for part in rows.split(batch_size) if len(part) == batch_size]
 
 
@@ -198,39 +212,27 @@ def encode(tokenizer, columns, max_length):
     return tokenizer(*columns, truncation=True, max_length=limit, padding=True, return_tensors="pt")
 
 
-def measure_cell(variants, texts, size, device, args):
-    """Measure one cell of the grid, whose batches are `texts`: a dictionary for each variant.
+def measure_all(variants, texts, device, args):
+    """Time all variants on `texts`, a list of batches. Returns a row of the table for each, a dictionary.
 
-    "model", "tokenizer" and "both" hold what describe() gives for the model alone, for turning text into padded
-    tensors on the device, and for both together; the last two only where the texts are real.
+    Of real texts, turning them into padded tensors on the device is timed too: "tokenizer", and with the model, "both".
     """
-    max_length = args.max_length if size == "real" else size
+    batches, max_length = range(len(texts)), args.max_length if args.length == "real" else args.length
 
     def tokenize(variant, i):
         return encode(variant.tokenizer, texts[i], max_length).to(device)
 
-    numbers, batch_size = range(len(texts)), len(texts[0][0])
-    inputs = {variant: [tokenize(variant, i) for i in numbers] for variant in variants}
+    inputs = {variant: [tokenize(variant, i) for i in batches] for variant in variants}
     calls = {"model": lambda variant, i: variant.network(**inputs[variant][i])}
-    if size == "real":
-        calls["tokenizer"] = tokenize
-        calls["both"] = lambda variant, i: variant.network(**tokenize(variant, i))
-    times = {part: measure(call, variants, numbers, args.min_run_time, device) for part, call in calls.items()}
-    cells = []
+    if args.length == "real":
+        calls |= {"tokenizer": tokenize, "both": lambda variant, i: variant.network(**tokenize(variant, i))}
+    times = {part: measure(call, variants, batches, args.min_run_time, device) for part, call in calls.items()}
+    rows = []
     for variant in variants:
-        cell = {"name": variant.name, "precision": variant.precision, "runtime": variant.runtime}
-        cell |= {"batch_size": batch_size, "length": size}
-        cell |= {part: describe(times[part].get(variant)) for part in calls}
-        cells.append(cell)
-        if "error" in cell["model"]:
-            continue
-        p50, first = cell["model"]["p50_ms"], cells[0]["model"]
-        cell["examples_per_second"] = 1000 * batch_size / p50
-        if "error" not in first:
-            cell["speed_up"] = first["p50_ms"] / p50
-        if device.type == "cuda":
-            cell["peak_megabytes"] = peak_megabytes(variant, inputs[variant])
-    return cells
+        row = {"name": variant.name, "precision": variant.precision, "runtime": variant.runtime, **variant.figures}
+        rows.append(row | {part: describe(times[part][variant]) for part in calls})
+        rows[-1]["speed_up"] = rows[0]["model"]["p50_ms"] / rows[-1]["model"]["p50_ms"]
+    return rows
 
 
 @torch.inference_mode()
@@ -238,64 +240,100 @@ def measure(call, models, batches, min_run_time, device):
     """Time call(model, batch) for models in turn, A B A B …: what slows the machine for a while slows all of them.
 
     A model drops out after min_run_time seconds and MIN_CALLS calls: a tiny student needs thousands of calls, in which
-    a large teacher would take half an hour. Returns {model: seconds of every call}, without those out of memory.
+    a large teacher would take half an hour. Returns {model: seconds of every call}.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     times = {model: [] for model in models}
     while running := [model for model, own in times.items() if len(own) < MIN_CALLS or sum(own) < min_run_time]:
         for batch, model in itertools.product(batches, running):
-            if model not in times:
-                continue
-            try:
-                for _ in range(2):  # the first call warms up, after another model's turn
-                    synchronize()
-                    start = time.perf_counter()
-                    call(model, batch)
-                    synchronize()
-                    seconds = time.perf_counter() - start
-                times[model].append(seconds)
-            except RuntimeError as error:  # the CPU's allocator raises a plain RuntimeError
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-                del times[model]
+            for _ in range(2):  # the first call warms up, after another model's turn
+                synchronize()
+                start = time.perf_counter()
+                call(model, batch)
+                synchronize()
+                seconds = time.perf_counter() - start
+            times[model].append(seconds)
     return times
 
 
 def describe(times):
     """The number of calls, and percentiles in ms: those beyond which there is at least one call."""
-    if times is None:
-        return {"error": "out of memory"}
     enough = [q for q in (25, 50, 75, 90, 99) if len(times) * (100 - q) >= 100]
-    return {"calls": len(times), **{f"p{q}_ms": 1000 * float(np.percentile(times, q)) for q in enough}}
+    times = 1000 * torch.tensor(times, dtype=torch.float64)
+    return {"calls": len(times), **{f"p{q}_ms": times.quantile(q / 100).item() for q in enough}}
 
 
-@torch.inference_mode()
-def peak_megabytes(variant, batches):
-    """The most GPU memory that a model occupies in its calls: with its weights, without the other models."""
-    torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated() / 1e6 - variant.figures["megabytes"]
-    for inputs in batches:
-        variant.network(**inputs)
-    return torch.cuda.max_memory_allocated() / 1e6 - others
+# --- Accuracy, and cascades: a student answers the texts of which it is sure, the teacher all others -----------------
 
-
-# --- Accuracy --------------------------------------------------------------------------------------------------------
+PROMISES = (0.95, 0.98, 0.99, 0.995)  # shares of all texts that get the teacher's answer, at least
+RISK = 0.05  # of a broken promise, over the draw of the texts to calibrate on
 
 
 def compare(logits, first_logits, labels):
-    """distill.score() of a model, Wilson's interval of its accuracy, and how it differs from the first model.
+    """distill.score() of a model, Wilson's 95% intervals and, with labels, McNemar's test against the first model."""
+    from scipy.stats import binomtest  # only a data set needs it
 
-    McNemar's test: if two models are equally good, each example that only one got right is the toss of a coin.
+    answers, first_answers = logits.argmax(-1), first_logits.argmax(-1)
+    right, first_right = answers == labels, first_answers == labels
+    scores = distill.score(logits, labels, first_logits)
+    for name, hits in (("accuracy", right), ("agreement", answers == first_answers)):
+        interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+        scores |= {f"{name}_interval": tuple(interval)} if name in scores else {}
+    if "accuracy" in scores:  # if both models are equally good, what only one got right is the toss of a coin
+        alone, first_alone = int((right & ~first_right).sum()), int((first_right & ~right).sum())
+        p = binomtest(min(alone, first_alone), alone + first_alone or 1).pvalue
+        scores |= {"alone_right": alone, "first_alone_right": first_alone, "mcnemar_p": p}
+    return scores
+
+
+def predictions(split, teacher_logits, logits, class_names):
+    """Yield a line of JSON for each text: first where student and teacher disagree, what the student is surest of."""
+    (sure, answers), theirs = logits.double().softmax(-1).max(-1), teacher_logits.argmax(-1)
+    for i in (sure + (answers != theirs)).argsort(descending=True, stable=True).tolist():
+        named = {"label": split.labels[i], "teacher": theirs[i], "student": answers[i]}
+        named = {key: class_names[place] for key, place in named.items() if place != distill.NO_LABEL}
+        line = {"row": i + 1, "text": "\t".join(split.texts[i].values()), **named, "probability": sure[i].item()}
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def cascades(variants, rows, answers, labels, args):
+    """Yield what each student, and its int8 file, may answer alone under each promise, and how that does on eval."""
+    for (variant, row), promise in itertools.product(zip(variants, rows, strict=True), PROMISES):
+        if variant.name == args.teacher_id or (variant.runtime != "PyTorch" and variant.precision != "int8"):
+            continue  # others than int8 answer as in PyTorch
+        threshold = least_confidence(variant.logits["calibration"], answers["calibration"], promise)
+        own, teachers = variant.logits["eval"], answers["eval"]
+        alone = confidence(own) > threshold
+        pair = {"name": variant.name, "precision": variant.precision, "runtime": variant.runtime}
+        pair |= {"promise": promise, "threshold": threshold, "alone": alone.double().mean().item()}
+        if alone.any():
+            pair["own_agreement"] = (own.argmax(-1) == teachers.argmax(-1))[alone].double().mean().item()
+        if args.teacher_id:  # a column takes no time
+            pair["ms"] = row["model"]["p50_ms"] + (1 - pair["alone"]) * rows[0]["model"]["p50_ms"]
+            pair["speed_up"] = rows[0]["model"]["p50_ms"] / pair["ms"]
+        yield pair | compare(torch.where(alone[:, None], own, teachers), teachers, labels)
+
+
+def confidence(logits):
+    """The highest probability of each example, [N] float64: in float32 all sure answers would be 1."""
+    return logits.double().softmax(-1).amax(-1)
+
+
+def least_confidence(logits, teacher_logits, promise):
+    """The confidence above which a student may answer alone, by its and its teacher's logits [n, C] for n texts.
+
+    Confident disagreements break the promise. Their share of all texts like these grows as the threshold falls, and
+    somewhere passes 1 - promise. Below that place, c or fewer of n texts are such with a probability of at most
+    P(Bin(n, 1 - promise) <= c). For the most c that keep it within RISK, the threshold is the confidence of the
+    (c + 1)-th most confident one: 1, no text is answered alone, if n is too small; 0, all are, if there is none.
+    Each text serves to choose and to prove: this is a nonparametric tolerance limit (Wilks 1941; Bates et al. 2021).
     """
-    right, first_right = [each.argmax(-1) == labels for each in (logits, first_logits)]
-    alone, first_alone = int((right & ~first_right).sum()), int((first_right & ~right).sum())
-    return {
-        **distill.score(logits, labels, first_logits),
-        "accuracy_interval": tuple(binomtest(int(right.sum()), len(labels)).proportion_ci(method="wilson")),
-        "alone_right": alone,
-        "first_alone_right": first_alone,
-        "mcnemar_p": binomtest(min(alone, first_alone), alone + first_alone or 1).pvalue,
-    }
+    from scipy.stats import binom
+
+    too_many = int(binom.ppf(RISK, len(logits), 1 - promise))  # c + 1
+    disagree = logits.argmax(-1) != teacher_logits.argmax(-1)
+    ranked = [1.0, *confidence(logits)[disagree].sort(descending=True).values.tolist(), 0.0]
+    return ranked[min(too_many, len(ranked) - 1)]
 
 
 # --- The tables ------------------------------------------------------------------------------------------------------
@@ -306,80 +344,66 @@ COLUMNS = {
     "parameters": "{parameters:,}",
     "without embeddings": "{without_embeddings:,}",
     "MB": "{megabytes:,.1f}",
-    "batch": "{batch_size}",
-    "tokens": "{length}",
+    "promise": "{promise:.1%}",
+    "threshold": "{threshold:.4f}",
+    "alone": "{alone:.1%}",
+    "agreement there": "{own_agreement:.3f}",
     "p50 ms": "{model[p50_ms]:,.2f}",
-    "p90 ms": "{model[p90_ms]:,.2f}",
     "p99 ms": "{model[p99_ms]:,.2f}",
-    "calls": "{model[calls]}",
-    "examples/s": "{examples_per_second:,.0f}",
+    "with tokenizer": "{both[p50_ms]:,.2f}",
+    "pair ms": "{ms:,.2f}",
     "speed-up": "{speed_up:,.2f}",
-    "tokenizer p50 ms": "{tokenizer[p50_ms]:,.2f}",
-    "both p50 ms": "{both[p50_ms]:,.2f}",
-    "peak MB": "{peak_megabytes:,.1f}",
     "accuracy (95%)": "{accuracy:.3f} ({accuracy_interval[0]:.3f}–{accuracy_interval[1]:.3f})",
-    "macro-F1": "{macro_f1:.3f}",
-    "agreement": "{agreement:.3f}",
+    "agreement (95%)": "{agreement:.3f} ({agreement_interval[0]:.3f}–{agreement_interval[1]:.3f})",
     "as in fp32": "{agreement_with_fp32:.3f}",
-    "alone right": "{alone_right} : {first_alone_right}",
     "p": "{mcnemar_p:.2g}",
 }
-GRID_ONLY = ("batch", "tokens", "p90 ms", "p99 ms", "calls", "examples/s", "tokenizer p50 ms", "both p50 ms", "peak MB")
 
 
-def report(rows, cells, conditions, args):
-    """The Markdown text: a row for each model, the conditions of the measurement, and the grid."""
-    names = public_names(args)
-    rows, cells = [[{**row, "name": names[row["name"]]} for row in part] for part in (rows, cells)]
-    named = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    command = re.sub(f"(?<![^ ,='])({named})(?![^ ,'])", lambda found: names[found[0]], conditions["command"])
-    where = f"batch {args.batch_sizes[0]}, {args.lengths[0]} {'lengths' if args.lengths[0] == 'real' else 'tokens'}"
-    base = f"{rows[0]['name']} in {shown(rows[0], 'precision')}"
+def report(results):
+    """The Markdown text: a row for each model, one for each promise of a student, and what the columns mean."""
+    args, rows, pairs = results["arguments"], results["models"], results["cascades"]
+    first = f"{rows[0]['name']} in {shown(rows[0], 'precision')}"
+    teacher = f"the column {','.join(args['teacher_column'])}" if args["teacher_column"] else first
+    size = "real lengths" if args["length"] == "real" else f"{args['length']} tokens"
     notes = [
-        f"p50: median at {where}, each batch padded to its longest text. Speed-up: over {base}.",
+        f"p50: median at batch {args['batch_size']}, {size}, padded to the longest text. Speed-up: over {first}.",
         "MB: the weights, or the ONNX file. Embeddings are only looked up: they take memory, but hardly any time.",
     ]
-    if args.dataset_id:
+    if "agreement" in rows[0]:
+        where = f"on the {args['eval_split']} split of {args['dataset_id']}; brackets: Wilson's 95% intervals"
+        notes.append(f"Agreement: the share of answers that are those of {teacher}, {where}.")
+    if "accuracy" in rows[0]:
+        notes.append(f"p: by McNemar's exact test, of a difference as large from {teacher} if both are equally good.")
+    changed = [f"{row['changed_in_batches']:.1%} of {row['name']}'s" for row in rows if "changed_in_batches" in row]
+    if changed:
+        apart = f"In batches of 32, whose texts share a scale, it changes {', '.join(changed)} answers."
+        notes.append(f"As in fp32: the share of int8's answers that are those of the fp32 file, text by text. {apart}")
+    if pairs:
         notes += [
-            f"Accuracy: on the {args.eval_split} split of {names[args.dataset_id]}, with Wilson's 95% interval.",
-            f"Agreement: share of answers equal to those of {base}; as in fp32: to those of the model's own fp32 file.",
-            f"Alone right: examples that only this model : only {base} got right; p: McNemar's exact test.",
+            f"Promise: with {1 - RISK:.0%} confidence, at least this share of all texts like those of"
+            f" {args['calibration_split']} get the answer of {teacher}. Accuracy falls by no more than the rest."
+            " It is not made for each class, and it ends where the texts or the teacher change.",
+            "Alone: the share of texts that the student answers, with a higher probability than the threshold; but for"
+            " its agreement there, the rest is of both together.",
         ]
-    versions = ", ".join(f"{package} {version}" for package, version in conditions["versions"].items())
-    threads = f"{args.threads} CPU threads, load average {conditions['load_average']:.1f} before the start"
-    notes.append(f"Measured on {conditions['device']}, {threads}, {versions}: `{command}`")
-    notes = "\n".join(f"- {note}" for note in notes)
-    return "\n\n".join([table(rows, GRID_ONLY), notes, table(cells)])
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    threads = f"{args['threads']} CPU threads, load average {results['load_average']:.1f} before the start"
+    notes.append(f"Measured on {results['device']}, {threads}, {versions}: `{results['command']}`")
+    return "\n\n".join([*map(table, filter(None, (rows, pairs))), "\n".join(f"- {note}" for note in notes)])
 
 
-def public_names(args):
-    """What a card says for each path among the flags: its last part, or as many as tell all apart; Hub ids stay."""
-    given = [value for value in (*args.models, args.dataset_id, args.model_card, args.output) if value]
-    paths = [Path(os.path.abspath(os.path.expanduser(value))) for value in given]
-    parts = [path.parts[1:] if path.exists() else (value,) for value, path in zip(given, paths, strict=True)]
-    n = next(n for n in itertools.count(1) if len({each[-n:] for each in parts}) == len(set(parts)))
-    return {value: "/".join(each[-n:]) for value, each in zip(given, parts, strict=True)}
-
-
-def table(rows, leave_out=()):
+def table(rows):
     """Rows of figures in Markdown: the COLUMNS that at least one of them fills."""
-    lines = [{heading: shown(row, heading) for heading in COLUMNS if heading not in leave_out} for row in rows]
-    filled = [heading for heading in lines[0] if any(line[heading] != "–" for line in lines)]
-    return distill.table([{heading: line[heading] for heading in filled} for line in lines])
+    filled = [heading for heading in COLUMNS if any(shown(row, heading) != "–" for row in rows)]
+    return distill.table([{heading: shown(row, heading) for heading in filled} for row in rows])
 
 
 def shown(row, heading):
     try:
         return COLUMNS[heading].format(**row)
     except KeyError:  # not measured, or too few calls for this percentile
-        return row["model"].get("error", "–") if heading == "p50 ms" else "–"
-
-
-def put_into_card(text, path):
-    """Put text between the bench markers of a Markdown file, or at its end if it has none."""
-    card, block = path.read_text(encoding="utf-8"), f"<!-- bench -->\n{text}\n<!-- /bench -->"
-    before, old, after = re.split("(<!-- bench -->.*?<!-- /bench -->|$)", card, maxsplit=1, flags=re.DOTALL)
-    distill.write(before + block + after if old else f"{card.rstrip()}\n\n{block}\n", path)
+        return "–"
 
 
 # --- ONNX Runtime ----------------------------------------------------------------------------------------------------
@@ -387,26 +411,28 @@ def put_into_card(text, path):
 ONNX_FILES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}  # in onnx/: what transformers.js loads by default
 
 
-def in_onnx_runtime(model, split, args):
-    """A model of load_models() exported to ONNX, as Variants in fp32 and int8; none where it cannot be exported.
-
-    The files go to onnx/ in a student's folder, or to onnx_models/ beside --output: a teacher's may be another's.
-    """
+def in_onnx_runtime(model, splits, args):
+    """A model of read() exported to ONNX, as Variants in fp32 and int8; none where it cannot be exported."""
     folder = Path(model.name).expanduser()
+    # A teacher's folder may be another's, and in one that is named like a Hub id transformers would find, from then on,
+    # these files in place of the Hub's model.
     if model.name in (args.teacher_id, "demo") or not folder.is_dir():
-        # Not in a folder named like a Hub id: from then on transformers would load it in place of the Hub's model.
-        folder = Path(args.output).parent / "onnx_models" / public_names(args)[model.name]
+        folder = Path(args.output).parent / "onnx_models" / (folder.resolve().name if folder.is_dir() else model.name)
         with data.writing(folder):
             model.network.config.save_pretrained(folder)
             data.save_tokenizer(model.tokenizer, folder)
-    logging.disable(logging.WARNING)  # about packages that nothing here needs
+    logging.disable(logging.ERROR)  # about packages that nothing here needs, and what the note below says
     try:
         with data.writing(folder / "onnx"):
             export(model, folder, args)
     except data.UserError:  # other logits, a folder that cannot be written
         raise
     except Exception as error:  # whatever the exporter and the quantizer meet in an unknown model
-        distill.say(f"note: {model.name} is not measured in ONNX Runtime: {data.one_line(error)}")
+        while error.__cause__ is not None:
+            error = error.__cause__
+        [cause, *_] = re.split(r"\.\s", re.sub(r"\x1b\[[\d;]*m", "", str(error)))  # its first sentence, without colors
+        reason = f"{data.one_line(cause or error)} ({type(error).__name__})"
+        distill.say(f"note: {model.name} is not measured in ONNX Runtime: {reason}")
         return []
     finally:
         logging.disable(logging.NOTSET)
@@ -414,18 +440,22 @@ def in_onnx_runtime(model, split, args):
     variants = []
     for precision, file in ONNX_FILES.items():
         path = folder / "onnx" / file
-        network = open_session(path, args.threads)
-        figures = {**model.figures, "megabytes": path.stat().st_size / 1e6}
-        variant = replace(model, precision=precision, runtime="ONNX Runtime", network=network, figures=figures)
-        if split:
-            # One by one: in int8 the scale of a batch depends on all its texts, and so do the answers.
-            examples = (encode(model.tokenizer, texts.values(), args.max_length) for texts in split.texts)
-            variant.logits = torch.cat([network(**inputs) for inputs in examples])[:, model.order]
-        variants.append(variant)
-    if split:
-        fp32, int8 = [variant.logits.argmax(-1) for variant in variants]
-        variants[1].figures["agreement_with_fp32"] = (fp32 == int8).double().mean().item()
+        network, megabytes = open_session(path, args.threads), path.stat().st_size / 1e6
+        figures = {**model.figures, "megabytes": megabytes}
+        variants.append(replace(model, network=network, precision=precision, runtime="ONNX Runtime", figures=figures))
+        # One by one: in int8 the scale of a batch depends on all its texts, and so do the answers.
+        variants[-1].logits = {role: predict(variants[-1], split.texts, args) for role, split in splits.items()}
+    if splits:
+        fp32, int8 = [variant.logits["eval"].argmax(-1) for variant in variants]
+        batched = predict(variants[-1], splits["eval"].texts.iter(32), args).argmax(-1)
+        figures["agreement_with_fp32"] = (fp32 == int8).double().mean().item()
+        figures["changed_in_batches"] = (batched != int8).double().mean().item()
     return variants
+
+
+def predict(variant, batches, args):  # in ONNX Runtime
+    inputs = (encode(variant.tokenizer, columns.values(), args.max_length) for columns in batches)
+    return torch.cat([variant.network(**batch) for batch in inputs])[:, variant.order]
 
 
 def export(model, folder, args):
@@ -436,11 +466,11 @@ def export(model, folder, args):
     texts = [" ".join(map(str, range(n))) for n in range(1, 80, 10)]
     example = dict(encode(model.tokenizer, [texts[:2]], args.max_length))
     axes = {name: {0: "batch", 1: "length"} for name in example}
-    with warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, open(os.devnull, "w") as nowhere:
         fp32, int8 = [Path(temporary, file) for file in ONNX_FILES.values()]
-        program = torch.onnx.export(
-            model.network, kwargs=example, output_names=["logits"], dynamic_shapes=axes, verbose=False
-        )
+        options = {"kwargs": example, "dynamic_shapes": axes, "output_names": ["logits"], "verbose": False}
+        with contextlib.redirect_stderr(nowhere):  # it prints the graph of what it cannot export
+            program = torch.onnx.export(model.network, **options)
         onnxscript.ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # stack traces with local paths
         program.save(fp32, external_data=False)
         network = open_session(fp32, args.threads)
@@ -478,19 +508,19 @@ def open_session(path, threads):
 
 def check_before_start(args, device):
     """Fail early on what would otherwise fail at the end, or give figures that mean nothing."""
-    packages = [importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")]
+    packages = [find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")]
     # torch emulates a precision that the hardware lacks, but slower than fp32: nobody would serve a model that way.
     native = {"fp32": True, "bf16": distill.multiplies_bf16(device)}
     native["fp16"] = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
     lacking = [precision for precision in args.precision if not native.get(precision)]
-    folder, card = Path(args.output).parent, Path(args.model_card or ".", "README.md")
     data.check(args.device in ("auto", device.type), "--device cuda: torch sees no CUDA GPU here; use --device cpu")
     data.check(not args.onnx or device.type == "cpu", "--onnx measures on the CPU: add --device cpu")
     data.check(not args.onnx or all(packages), "--onnx needs packages: pip install onnx onnxscript onnxruntime")
     data.check(not lacking, f"this {device.type} does not compute in {', '.join(lacking)}: try {', '.join(DTYPES)}")
-    writable = os.access(folder, os.W_OK) and not os.path.isdir(args.output)
-    data.check(writable, f"cannot write the file {args.output}: make its folder, or choose another --output")
-    data.check(not args.model_card or card.is_file(), f"--model_card: there is no {card} to put the tables into")
+    data.check(not args.dataset_id or find_spec("scipy"), "--dataset_id needs a package: pip install scipy")
+    for file in filter(None, (args.output, args.predictions)):
+        writable = os.access(Path(file).parent, os.W_OK) and not os.path.isdir(file)
+        data.check(writable, f"cannot write the file {file}: make its folder, or choose another")
 
 
 def main(argv=None):
@@ -499,13 +529,13 @@ def main(argv=None):
     with distill.errors_as_lines("no figures are kept"):
         device = torch.device("cpu") if args.device == "cpu" else distill.choose_device()
         check_before_start(args, device)
-        packages = ("torch", "transformers", "onnxruntime") if args.onnx else ("torch", "transformers")
-        cpu = f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())} (cpu)"
+        # Arm has no model name, and torch 2.9 no torch.cpu.get_capabilities().
+        cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or os.uname().machine
         conditions = {
             "command": shlex.join(["python", "bench.py", *(argv or sys.argv[1:])]),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu} (cpu)",
             "load_average": os.getloadavg()[0],  # what competes for the CPUs spoils all figures, PyTorch's most
-            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "versions": {name: version(name) for name in ("torch", "transformers", *["onnxruntime"] * args.onnx)},
         }
         with distill.process_group(device):
             run(args, device, conditions)
