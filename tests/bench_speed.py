@@ -316,12 +316,13 @@ def draw():
             epochs = [int(row["epochs"]) for row in of_pair]
             seconds = {way: [float(row[f"{way} s"]) for row in of_pair] for way in ("as published", "tuned", "ours")}
             top = 1.12 * max(map(max, seconds.values()))
-            close = seconds["tuned"][-1] - seconds["ours"][-1] < 0.1 * top  # then the name stands below the line
-            names = {"as published": "published Trainer", "tuned": "tuned", "ours": "distill.py"}
+            close = seconds["tuned"][-1] - seconds["ours"][-1] < 0.1 * top  # then ours stands below its line
+            names = {"as published": "published Trainer", "tuned": "tuned Trainer", "ours": "distill.py"}
             for (way, values), color in zip(seconds.items(), (RED, OCHER, BLUE), strict=True):
                 axes.plot(epochs, values, "o-", color=color, linewidth=2.5, markersize=5, clip_on=False)
                 style = {"xy": (epochs[-1], values[-1]), "textcoords": "offset points", "color": color}
-                axes.annotate(f"{values[-1]:.0f} s", xytext=(7, 0), va="center", **style)
+                side = {"tuned": "bottom", "ours": "top"}.get(way) if close else None
+                axes.annotate(f"{values[-1]:.0f} s", xytext=(7, 0), va=side or "center", **style)
                 place = {"xytext": (-6, 5), "va": "bottom"}
                 if way == "ours" and close:
                     place = {"xytext": (-6, -32), "va": "top"}
