@@ -1,19 +1,16 @@
 """What the teacher, text without labels and patience bring: one teacher, several seeds.
 
-    python tests/bench_quality.py                      # students with and without the teacher, and their picture
-    python tests/bench_quality.py --table cascade      # README's rows of the demo alone
-    python tests/bench_quality.py --table sst2 --folder FOLDER  # SST-2, from the files that --help names
-    python tests/bench_quality.py --table sst2-cascade --folder FOLDER  # README's rows of it alone
-    python tests/bench_quality.py --table trec --folder FOLDER  # six classes of questions
-    python tests/bench_quality.py --table demo         # candidates for the demo's own flags
-    python tests/bench_quality.py --table tried        # true labels, temperatures and learning rates
+    python tests/bench_quality.py                      # students of the demo
+    python tests/bench_quality.py --table sst2 --folder FOLDER  # of SST-2, from the files that --help names
+    python tests/bench_quality.py --table sst2-readme --folder FOLDER  # README's rows alone
+    python tests/bench_quality.py --table trec --folder FOLDER  # of six classes of questions
     python tests/bench_quality.py --table classes      # 54 classes: 12,000 labels and more text (Debian or Ubuntu)
     python tests/bench_quality.py --table classes-all  # the same with all labels
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
 missing and goes on in the middle of one that was interrupted (delete the folder after a change to the code). A run's
 logits are kept beside it, in logits.safetensors. A section of tests/quality.md has a table's figures; --report only
-writes it, from the runs that have ended; --draw only draws imgs/quality.svg and imgs/cascade.svg again, from sections.
+writes it, from the runs that have ended; --draw only draws imgs/quality.svg and imgs/cascade.svg again, from it.
 """
 
 import argparse
@@ -86,27 +83,12 @@ def on_text(count, seeds, **flags):
     return f"teacher alone (alpha 0, T 2) on {count:,} sentences", flags, seeds
 
 
-def tried(title, **flags):
-    """A row like "some-teacher" but for these flags."""
-    return f"the same with {title}", {**on_text(27_296, 3)[1], **flags}, 3
-
-
 SST2_TEXT = on_text(SENTENCES - HELD_OUT, 5, **SST2, **PATIENT)
 # name -> (title, flags, number of seeds)
 ROWS = {
     "alone": ("labels alone (alpha 1)", ALONE, 5),
     "some-teacher": on_text(27_296, 5),
-    "patient-alone": ("labels alone (alpha 1), 4,050 steps", {**ALONE, "epochs": 75, **PATIENT}, 3),
-    "patient-100k": on_text(100_000, 3, **PATIENT),
     "patient": on_text(SENTENCES - HELD_OUT, 5, **PATIENT),
-    "demo": ("labels and teacher (alpha 0.5, T 4), 5 epochs", {"epochs": 5}, 5),
-    "demo-text-teacher": on_text(7_500, 5),
-    "some": tried("labels and teacher (alpha 0.5, T 4)", alpha=0.5, temperature=4.0),
-    "T-1": tried("T 1", temperature=1.0),
-    "T-4": tried("T 4", temperature=4.0),
-    "lr-1e-4": tried("a learning rate of 1e-4", learning_rate=1e-4),
-    "lr-4e-4": tried("a learning rate of 4e-4", learning_rate=4e-4),
-    "lr-6e-4": tried("a learning rate of 6e-4", learning_rate=6e-4),
     "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 3),
     "sst2-alone": ("labels alone (alpha 1)", SST2_ALONE, 5),
     "sst2-both": ("labels and teacher (alpha 0.5, T 4)", {**SST2, "epochs": 4}, 3),
@@ -130,18 +112,12 @@ ROWS = {
     "all-alone": ("labels alone (alpha 1)", {**ALL, "alpha": 1.0}, 3),
     "all-both": ("labels and teacher (alpha 0.5, T 4)", ALL, 3),
 }
-DEMO_ROWS, SST2_ROWS = "alone both some-teacher patient", "sst2-alone sst2-both sst2-text"  # README's
-QUALITY_ROWS = "alone some-teacher patient-alone patient-100k patient"
-TRIED_ROWS = "some-teacher some T-1 T-4 lr-1e-4 lr-4e-4 lr-6e-4 both alone"
 CLASSES_ROWS = "few-alone few-patient few-both few-little few-taught few-sentences few-more"
 TABLES = {  # name -> (title, teacher, rows), of which the first is the control
-    "cascade": ("The demo: what a student may answer alone", TEACHER, DEMO_ROWS),
-    "sst2-cascade": ("SST-2: what a student may answer alone", SST2_TEACHER, SST2_ROWS),
-    "trec": ("Six classes of questions (TREC)", TREC_TEACHER, "trec-alone trec-both"),
-    "quality": ("Students with and without the teacher", TEACHER, QUALITY_ROWS),
+    "demo": ("The demo", TEACHER, "alone both some-teacher patient"),
     "sst2": ("SST-2", SST2_TEACHER, " ".join(name for name in ROWS if name.startswith("sst2-"))),
-    "demo": ("Candidates for the demo's flags", TEACHER, "demo demo-text-teacher"),  # both take about the demo's time
-    "tried": ("Other changes", TEACHER, TRIED_ROWS),
+    "sst2-readme": ("SST-2, README's rows", SST2_TEACHER, "sst2-alone sst2-both sst2-text"),
+    "trec": ("Six classes of questions (TREC)", TREC_TEACHER, "trec-alone trec-both"),
     "classes": ("54 classes (Debian)", FEW_TEACHER, CLASSES_ROWS),
     "classes-all": ("54 classes (Debian), all labels", ALL_TEACHER, "all-alone all-both"),
 }
@@ -149,7 +125,7 @@ TABLES = {  # name -> (title, teacher, rows), of which the first is the control
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--table", choices=TABLES, default="quality", help="default: %(default)s")
+    parser.add_argument("--table", choices=TABLES, default="demo", help="default: %(default)s")
     parser.add_argument("--folder", type=os.path.abspath, help="SST-2: {}. TREC: {}.".format(*FILES.values()))
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="runs a row, at most")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
@@ -161,9 +137,8 @@ def main():
         distill.quiet_libraries()
         with distill.errors_as_lines(), distill.process_group(distill.choose_device()):
             write_table(args)
-    if args.draw or "sst2" in args.table:
-        draw()
-        draw_cascades()
+    draw()
+    draw_cascades()
 
 
 def write_table(args):
@@ -471,7 +446,7 @@ def draw():
 def draw_cascades():
     """Draw imgs/cascade.svg: the share of test texts that students answer alone, against what is promised."""
     text, columns = REPORT.read_text(encoding="utf-8"), [f"alone at {promise:.0%}" for promise in PROMISES]
-    titles = [TABLES[name][0] for name in ("cascade", "sst2-cascade") if f"## {TABLES[name][0]}\n" in text]
+    titles = [TABLES[name][0] for name in ("demo", "sst2-readme") if f"## {TABLES[name][0]}\n" in text]
     colors = (bench_speed.GRAY, bench_speed.OCHER, bench_speed.BLUE, bench_speed.RED)
     with bench_speed.picture("cascade", columns=len(titles)) as panels:
         for axes, title in zip(np.ravel(panels), titles, strict=True):
@@ -481,7 +456,7 @@ def draw_cascades():
                 style = {"fmt": "o-", "color": color, "linewidth": 2.5, "markersize": 5, "capsize": 4, "clip_on": False}
                 name = re.sub(r" \(.*?\)", "", row["student"])
                 axes.errorbar(columns, *zip(*shares, strict=True), label=name, **style)
-            axes.set(ylim=(0, 100), title=title.partition(":")[0], xticks=range(3), xlabel="promised agreement %")
+            axes.set(ylim=(0, 100), title=title.partition(",")[0], xticks=range(3), xlabel="promised agreement %")
             axes.set_xticklabels([f"{100 * promise:.0f}" for promise in PROMISES])
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=9.5)
         np.ravel(panels)[0].set_ylabel("answered alone, % of test")
