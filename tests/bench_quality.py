@@ -64,7 +64,7 @@ TREC |= {"train_split": "train[:90%]", "eval_split": "train[90%:]"}
 TEACHERS = {  # folder -> flags of the run that leaves it; of a table's candidates, the best by eval is used
     TEACHER: {"epochs": 1},
     **{f"{SST2_TEACHER}-{lr}": {**SST2_FINE_TUNING, "teacher_learning_rate": lr} for lr in ("2e-5", "5e-5", "1e-4")},
-    TREC_TEACHER: {**TREC, **FINE_TUNING, "teacher_learning_rate": 1e-4, "teacher_epochs": 5},
+    TREC_TEACHER: {**TREC, **FINE_TUNING, "teacher_learning_rate": 1e-4, "teacher_epochs": 3},
     FEW_TEACHER: {**FEW_LABELS, **FINE_TUNING, "teacher_epochs": 8},
     ALL_TEACHER: {**ALL_LABELS, **FINE_TUNING, "teacher_epochs": 4},
 }
@@ -100,8 +100,8 @@ ROWS = {
     "sst2-half": on_text((SENTENCES - HELD_OUT) // 2, 1, **SST2, **PATIENT),
     "sst2-quarter": on_text((SENTENCES - HELD_OUT) // 4, 1, **SST2, **PATIENT),
     "sst2-layer": (f"{SST2_TEXT[0]}, one layer", {**SST2_TEXT[1], "student_layers": 1}, 1),
-    "trec-alone": ("labels alone (alpha 1)", {**TREC, "epochs": 10, "alpha": 1.0}, 3),
-    "trec-both": ("labels and teacher (alpha 0.5, T 4)", {**TREC, "epochs": 10}, 3),
+    "trec-alone": ("labels alone (alpha 1)", {**TREC, "alpha": 1.0}, 3),
+    "trec-both": ("labels and teacher (alpha 0.5, T 4)", TREC, 3),
     "few-alone": ("labels alone (alpha 1)", {**FEW, "alpha": 1.0}, 5),
     "few-patient": ("labels alone (alpha 1), 2,444 steps", {**FEW, "alpha": 1.0, "epochs": 13}, 3),
     "few-both": ("labels and teacher (alpha 0.5, T 4)", FEW, 5),
@@ -388,7 +388,7 @@ def cascade(title, runs, teacher):
             alone = bench.confidence(model["test"]) > thresholds[-1]
             shares.append(100 * alone.double().mean().item())
             errors.append((alone & (model["test"].argmax(-1) != teacher["test"].argmax(-1))).double().mean().item())
-        row[f"alone at {promise:.0%}"] = mean_and_sd(shares)
+        row[f"alone at {promise:.0%}"] = mean_and_sd(shares, 1)
         broken.append(str(sum(error > 1 - promise for error in errors)))
     row["threshold at 99%"] = f"{statistics.median(thresholds):.4f}"
     return row | {"broken": f"{', '.join(broken)} of {len(runs)}"}
@@ -409,9 +409,9 @@ def bootstrap(compare, ours, theirs):
     return compare(ours.mean(), theirs.mean()), *np.percentile(values, (2.5, 97.5))
 
 
-def mean_and_sd(values):
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def mean_and_sd(values, digits=2):
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def on_both(scores):
