@@ -63,7 +63,7 @@ class Config:
     min_run_time: float = flag(0.5, "seconds to time each model, at least", above=0)
     # Machine
     device: str = flag("auto", "auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
-    threads: int = flag(torch.get_num_threads(), "CPU threads of every model's calls; by default torch's", at_least=1)
+    threads: int = flag(torch.get_num_threads(), "of all models' calls, by default torch's count of cores", at_least=1)
     # What a run leaves behind
     output: str = flag("bench.json", "JSON file of every figure, in the working folder unless it names another")
     predictions: str = flag(None, "JSON lines file of the first student's answers, sure disagreements first")
@@ -74,8 +74,7 @@ class Config:
         number = self.length.isdecimal() and int(self.length) >= 3
         taught = self.dataset_id and bool(self.teacher_id) != bool(self.teacher_column)
         paired = taught and self.student_id and self.calibration_split != self.eval_split
-        data.check(self.models, "no model is named: give --teacher_id and --student_id, one of them, or --demo")
-        data.check(len(set(self.models)) == len(self.models), "--student_id: a model is named twice")
+        data.check(len({*self.models}) == len(self.models) > 0, "--teacher_id, --student_id: no model, or one twice")
         data.check(number or (self.dataset_id and self.length == "real"), "--length: from 3, or real with --dataset_id")
         data.check(taught or not self.teacher_column, "--teacher_column: of --dataset_id, instead of --teacher_id")
         data.check(paired or not self.calibration_split, "--calibration_split needs a teacher and another --eval_split")
@@ -165,6 +164,7 @@ def read_splits(args, model_classes):
     source, answers = (args.dataset_id, args.dataset_config), args.teacher_column or ()
     names, columns = {"train": args.train_split, "eval": args.eval_split}, (args.text_columns, args.label_column)
     splits, class_names = data.load_splits(*source, names, *columns, answers, model_classes)
+    data.check((splits["eval"].answers is None) != bool(answers), "--teacher_column: --eval_split has no such column")
     if args.calibration_split:
         names, columns = {"train": args.calibration_split}, splits["eval"].texts.column_names
         file = Path(args.calibration_split).expanduser()

@@ -703,9 +703,9 @@ def test_onnx_ends_with_a_line(fails, save_tiny, monkeypatch):
 def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, write_csv, tmp_path, monkeypatch):
     model = save_tiny("model")
     small = ["--teacher_id", model, "--length", 8]
-    assert "no model is named" in fails("--length", 8)
+    assert "no model, or one twice" in fails("--length", 8)
     assert "nowhere" in fails(*small, "--student_id", tmp_path / "nowhere")
-    assert "named twice" in fails(*small, "--student_id", model)
+    assert "no model, or one twice" in fails(*small, "--student_id", model)
     other = save_tiny("other", classes=("sport", "politics"))
     assert "the classes sport, politics, not negative, positive" in fails(*small, "--student_id", other)
     three = save_tiny("three", classes=("a", "b", "c"))
