@@ -724,7 +724,7 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, w
     assert "--predictions needs" in fails("--dataset_id", reviews_folder, *pair[-2:], "--predictions", "all.jsonl")
     assert "instead of --teacher_id" in fails(*pair, "--teacher_column", "answer")
     assert "instead of --teacher_id" in fails("--student_id", model, "--teacher_column", "answer")
-    assert "has no file of the split 'nowhere'" in fails(*pair, "--calibration_split", "nowhere")
+    assert "split 'nowhere'" in fails(*pair, "--calibration_split", "nowhere")
     write_csv("pairs.csv", [["one", "two"]] * 9, ("sentence1", "sentence2"))
     assert "has no column 'text', only sentence1" in fails(*pair, "--calibration_split", "pairs.csv")
     assert "cannot write" in fails(*pair, "--predictions", tmp_path / "nowhere" / "all.jsonl")
