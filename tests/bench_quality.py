@@ -448,6 +448,8 @@ def draw_cascades():
     text, columns = REPORT.read_text(encoding="utf-8"), [f"alone at {promise:.0%}" for promise in PROMISES]
     titles = [TABLES[name][0] for name in ("demo", "sst2-readme") if f"## {TABLES[name][0]}\n" in text]
     colors = (bench_speed.GRAY, bench_speed.OCHER, bench_speed.BLUE, bench_speed.RED)
+    if not titles:
+        return
     with bench_speed.picture("cascade", columns=len(titles)) as panels:
         for axes, title in zip(np.ravel(panels), titles, strict=True):
             rows = bench_speed.read_table(text.partition(f"## {title}\n")[2], *columns)
