@@ -188,7 +188,8 @@ def write_table(args):
 - Against the first row, on test: the mean difference between runs of the same seed, with its 95% interval by the same
   bootstrap, paired.
 - {date}, {results["device"]}, {args.processes} runs at a time, {results["threads"]} CPU thread(s) each,
-  {results["arguments"]["precision"]}, the rows scored in fp32, torch {versions["torch"]}, transformers {versions["transformers"]}:
+  {results["arguments"]["precision"]}, the rows scored in fp32,
+  torch {versions["torch"]}, transformers {versions["transformers"]}:
   `{command}`{files_note}
 
 ### Answered alone
