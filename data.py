@@ -864,8 +864,8 @@ def prediction_batches(lengths, tokens_per_batch, unpadded=False):
 def load_model(model_id, classes=None, seed=0):
     """Load a classifier and its tokenizer: a Hub id, a local folder, or the word "demo".
 
-    With classes, names in the order of the labels, it is to be trained on them: a head for another number of classes
-    is replaced by a new one. Without, it is a finished model and keeps its own.
+    With classes, names in the order of the labels, it is to be trained on them: a head for any others, or for these
+    in another order, is replaced by a new one. Without, it is a finished model and keeps its own.
 
     Returns (model, tokenizer), the model on the CPU, in float32 and eval mode. Raises UserError.
     """
@@ -875,6 +875,7 @@ def load_model(model_id, classes=None, seed=0):
     try:
         config = load_config(folder)
         config.return_dict = True
+        own = config.id2label
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -904,6 +905,15 @@ def load_model(model_id, classes=None, seed=0):
             reason, hint = "it needs code of its own, which this does not run", ""
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
+    crossed = (
+        classes and len(own) == len(classes) and not same_order([str(own.get(i)) for i in range(len(own))], classes)
+    )
+    if crossed or (classes and report["mismatched_keys"]):
+        print(f"{model_id} has other classes, or these in another order ({listed(own.values())}): its head is new")
+    if crossed:  # to learn the order takes longer than to start anew
+        encoder = model.base_model.state_dict()
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model.base_model.load_state_dict(encoder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
     accepted = set(inspect.signature(model.forward).parameters)  # DistilBERT takes no token types
     if max(tokenizer("a", "b").get("token_type_ids", [0])) >= getattr(config, "type_vocab_size", math.inf):
@@ -1021,6 +1031,13 @@ def adopt_classes(teacher_names, names):
     numbered = [name.removeprefix("LABEL_") for name in names] == [str(i) for i in range(len(names))]
     spelling = {} if numbered else dict(zip(order, names, strict=True))
     return [spelling.get(i, name) for i, name in enumerate(teacher_names)], order
+
+
+def same_order(names, others):
+    """Whether as many class names are the same in the same order, or one side has only numbers."""
+    names, others = list(map(folded, names)), list(map(folded, others))
+    numbers = any(all(re.fullmatch(r"(label_)?\d+", name) for name in side) for side in (names, others))
+    return names == others or (numbers and sorted(names) != sorted(others))
 
 
 def match_classes(model_names, class_names):

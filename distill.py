@@ -1308,13 +1308,13 @@ def check_before_start(args, device, held):
     for module in filter(needed.get, needed):
         with as_user_error(f"these flags need a package, pip install {module}"):
             importlib.import_module(module)
-    found = [name for name in ("README.md", "config.json", "metrics.jsonl") if Path(args.output_dir, name).exists()]
-    others = f"{args.output_dir} has a {found[0]} that is not a run's" if found else ""
-    check(not found or "metrics.jsonl" in found, f"{others}: choose another --output_dir")
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
     for source in filter(None, (args.teacher_id, args.student_id)):
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")
+    found = [name for name in ("README.md", "config.json", "metrics.jsonl") if Path(args.output_dir, name).exists()]
+    others = f"{args.output_dir} has a {found[0]} that is not a run's" if found else ""
+    check(not found or "metrics.jsonl" in found, f"{others}: choose another --output_dir")
     for folder in {os.path.realpath(folder) for folder in (args.output_dir, args.checkpoint_dir)}:
         os.makedirs(folder, exist_ok=True)
         lock(folder, held)

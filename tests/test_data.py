@@ -1272,20 +1272,30 @@ def test_keep_layers_of_two_stacks_groups_and_lists_of_settings(save_as, tmp_pat
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
-def test_a_model_to_be_trained_keeps_a_head_of_as_many_classes(save_tiny, capsys):
+def test_a_model_to_be_trained_keeps_a_head_of_these_classes_alone(save_tiny, capsys):
     folder = save_tiny("model", classes=("positive", "negative"))
     whole, _ = data.load_model(folder)
-    for classes in (["positive", "negative"], ["sport", "arts"], ["0", "1"]):
+    for classes in (["positive", "negative"], ["POSITIVE", "Negative"], ["0", "1"]):
         model, _ = data.load_model(folder, classes)
         assert torch.equal(model.classifier.weight, whole.classifier.weight)
         assert list(model.config.id2label.values()) == classes == list(model.config.label2id)
-    model, _ = data.load_model(folder, ["a", "b", "c"], seed=5)
-    assert model.classifier.weight.shape == (3, 32) and model.config.num_labels == 3
-    again, _ = data.load_model(folder, ["a", "b", "c"], seed=5)
-    assert torch.equal(model.classifier.weight, again.classifier.weight)
-    encoder, expected = model.bert.state_dict(), whole.bert.state_dict()
-    assert all(torch.equal(encoder[name], expected[name]) for name in expected)
     assert capsys.readouterr().out == ""
+    for classes in (["negative", "positive"], ["sport", "arts"], ["a", "b", "c"]):
+        model, _ = data.load_model(folder, classes, seed=5)
+        said = f"{folder} has other classes, or these in another order (positive, negative): its head is new\n"
+        assert capsys.readouterr().out == said
+        assert model.classifier.weight.shape == (len(classes), 32) and model.config.num_labels == len(classes)
+        rows = whole.classifier.weight.tolist()
+        assert not any(row in rows for row in model.classifier.weight.tolist())  # neither kept nor crossed
+        again, _ = data.load_model(folder, classes, seed=5)
+        assert torch.equal(model.classifier.weight, again.classifier.weight)
+        encoder, expected = model.bert.state_dict(), whole.bert.state_dict()
+        assert all(torch.equal(encoder[name], expected[name]) for name in expected)
+        assert list(model.config.id2label.values()) == classes
+        capsys.readouterr()
+    unnamed = save_tiny("unnamed", classes=("LABEL_0", "LABEL_1"))
+    model, _ = data.load_model(unnamed, ["negative", "positive"])
+    assert torch.equal(model.classifier.weight, whole.classifier.weight) and capsys.readouterr().out == ""
 
 
 def test_a_student_answers_with_one_class(save_tiny, tmp_path):
@@ -1297,13 +1307,14 @@ def test_a_student_answers_with_one_class(save_tiny, tmp_path):
     assert sum(answer["score"] for answer in answers) == pytest.approx(1)  # not sigmoids
 
 
-def test_classes_that_do_not_count_from_0(save_tiny):
+def test_classes_that_do_not_count_from_0(save_tiny, capsys):
     folder = save_tiny("model")
     change_config(folder, id2label={"1": "negative", "2": "positive"}, label2id={"negative": 1, "positive": 2})
     model, _ = data.load_model(folder)
     with pytest.raises(UserError, match=r"id2label in .*model must begin with 0, not be 1, 2"):
         data.class_names(model.config)
     data.load_model(folder, ["negative", "positive"])
+    assert "in another order (negative, positive): its head is new" in capsys.readouterr().out
 
 
 def test_models_that_cannot_be_loaded(save_tiny, write, monkeypatch):
