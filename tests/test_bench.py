@@ -390,7 +390,7 @@ def test_the_training_split_needs_no_labels(run, save_tiny, reviews_folder, revi
 def test_flags(run, capsys):
     with pytest.raises(SystemExit):
         run("--help")
-    assert bench.Config.__doc__.split(".")[0] in " ".join(capsys.readouterr().out.split())
+    assert "which texts a student may answer alone." in " ".join(capsys.readouterr().out.split())
     args = distill.parse_args(["--demo", "--batch_size", "2"], bench.Config, bench.DEMO)
     assert (args.teacher_id, args.student_id, args.batch_size) == ("./outputs/teacher", ["./outputs"], 2)
     assert (args.eval_split, args.calibration_split, args.length) == ("test", "validation", "real")
