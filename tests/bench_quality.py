@@ -130,6 +130,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), help="runs a row, at most")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="only write the section, from the runs that have ended")
+    parser.add_argument("--words", action="store_true", help="only what counting words reaches, without any model")
     parser.add_argument("--draw", action="store_true", help="only draw the picture, from tests/quality.md")
     args = parser.parse_args()
     os.chdir(bench_speed.ROOT)
@@ -153,6 +154,10 @@ def write_table(args):
         os.makedirs(OUTPUT, exist_ok=True)
         Path(dataset).unlink(missing_ok=True)
         os.symlink(args.folder, dataset)
+    files_note = f"\n- FOLDER: {FILES[dataset]}." if dataset in FILES else ""
+    command = f"python tests/bench_quality.py --table {args.table}" + " --folder FOLDER" * (dataset in FILES)
+    if args.words:
+        return write_words(title, read_splits(flags), f"`{command} --words`{files_note}")
     candidates = [each for each in candidates if has_ended(each) or not args.report]
     scores = {each: run(each, TEACHERS[each])["teacher"] for each in candidates}
     folder = max(scores, key=lambda each: (scores[each]["eval_accuracy"], -scores[each]["eval_loss"]))
@@ -174,8 +179,6 @@ def write_table(args):
     unseen = held_out if "held_out" in splits else "the test sentences"
     made_by = {each: {**distill.DEMO, **TEACHERS[each]} for each in scores}
     rates = ";\n  ".join(f"{made_by[each]['teacher_learning_rate']}, {on_both(scores[each])}" for each in scores)
-    files_note = f"\n- FOLDER: {FILES[dataset]}." if dataset in FILES else ""
-    command = f"python tests/bench_quality.py --table {args.table}" + " --folder FOLDER" * (dataset in FILES)
     report = f"""{distill.table(lines)}
 
 - Mean ± standard deviation over seeds. One teacher for all: {right:.2f}% right
@@ -204,6 +207,16 @@ def write_table(args):
 """
     print(report)
     bench_speed.write_section(REPORT, title, report)
+
+
+def write_words(title, splits, command):
+    """Write what counting words reaches: a section by itself, made in a minute."""
+    found, row = count_words(splits), {"": "TF-IDF and logistic regression"}
+    for role in ("eval", "test"):
+        row[f"{role} accuracy %"] = f"{100 * distill.score(found[role], splits[role].labels)['accuracy']:.2f}"
+    examples = ", ".join(f"{len(splits[role]):,} {role}" for role in ("train", "eval", "test"))
+    report = f"{distill.table([row])}\n\n- {examples} examples. {datetime.date.today()}: {command}\n"
+    bench_speed.write_section(REPORT, f"Counting words: {title}", report)
 
 
 def make_runs(names, splits, teacher, args):
@@ -235,6 +248,7 @@ def has_ended(folder):
 
 
 def words(flags):
+    flags = {"test_split": "test", **flags}
     return ["--demo"] + [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
 
 

@@ -317,7 +317,7 @@ def test_readme_names_no_flag_and_no_figure_that_is_not_there(capsys):
     configs = (distill.Config, bench.Config, sm_launch.Launch)
     flags = {field.name for config in configs for field in dataclasses.fields(config)}
     readme = Path(ROOT, "README.md").read_text(encoding="utf-8")
-    others = {"help", "nproc_per_node", "table", "folder"}  # argparse's, torchrun's, bench_quality's
+    others = {"help", "nproc_per_node", "table", "folder", "words"}  # argparse's, torchrun's, bench_quality's
     assert set(re.findall(r"--(\w+)", readme.split("## The loss")[1])) <= flags | others
     measured = "".join(Path(ROOT, "tests", f"{name}.md").read_text(encoding="utf-8") for name in ("quality", "speed"))
     measured = re.sub(" +", " ", measured)  # a table's columns are padded
