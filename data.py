@@ -128,8 +128,8 @@ def load_splits(
 
     Args:
         dataset_id: a Hub id, a local folder or file (see FORMATS), or the word "demo".
-        split_names: role to split name or slice, such as {"train": "train[:90%]", "eval": "validation"}. Of a single
-            file, "validation" is a tenth of each class of "train", always the same.
+        split_names: role to split name or slice, such as {"train": "train[:90%]", "eval": "validation"}. Of local
+            data without one, "validation" is a tenth of each class of "train", always the same.
         label_column: "none" if no split has labels. If there is a teacher, the training split need not have any.
         teacher_columns: where a teacher's answers lie, see read_answers().
         teacher_classes: the class names of a teacher that is a model.
@@ -262,17 +262,17 @@ def read_labels(table, label_column, where, may_lack):
             labels = labels.cast(pa.int64())
     fits = kind in ("text", "integers", "booleans", "floats", "null")
     check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
-    labels = pc.fill_null(labels.cast(pa.string()), "")
+    hidden = isinstance(table.features[label_column], datasets.ClassLabel)  # -1, which column_of() makes null
+    labels = pc.fill_null(labels.cast(pa.string()), "-1" if hidden else "")
     stored = pc.unique(labels)
     found, places = [spelled(name) for name in stored.to_pylist()], pc.index_in(labels, stored).to_numpy()
     if "" in found:
         row = (places == found.index("")).argmax() + 1
         raise UserError(f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
-    if all(re.fullmatch(WHOLE, name) for name in found):
-        found = [folded(name) for name in found]  # 1.0 is 1, as where tables are merged
-    feature = table.features[label_column]
-    class_label = isinstance(feature, datasets.ClassLabel) and {*found} != {"-1"}  # as if it were a name
-    names = [spelled(name) for name in feature.names] if class_label else sorted_classes({*found}, where)
+    own = [spelled(name) for name in getattr(table.features[label_column], "names", [])]  # a ClassLabel's
+    if all(re.fullmatch(WHOLE, name) for name in (*own, *found)):
+        own, found = [folded(name) for name in own], [folded(name) for name in found]  # 1.0 is 1, as in merged tables
+    names = own if own and {*found} != {"-1"} else sorted_classes({*found}, where)  # -1 as if it were a name
     order = {name: place for place, name in enumerate(names)}
     return Labels(names, np.array([order.get(name, -1) for name in found])[places], where)
 
@@ -286,7 +286,7 @@ def column_of(table, name):
     """A whole column as a pyarrow.ChunkedArray; unlike table.data, it respects a selection of rows."""
     column, feature = table.with_format("arrow")[:][name], table.features[name]
     if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
-        return pa.array(["-1", *feature.names]).take(pc.add(column, 1))
+        return pa.array([None, *feature.names]).take(pc.add(column, 1))
     return column.cast(pa.string()) if column.type == "string_view" else column  # whose text pyarrow cannot search
 
 
@@ -682,7 +682,8 @@ def read_csv(file):
     for row, fields in enumerate(rows):  # the header is row 0
         if len(fields) != len(rows[0]):
             counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
-            raise UserError(f"{counts}: put quotes around texts that hold a '{separator}'")
+            todo = "save it as .csv, with quotes" if tsv else f"put quotes around texts that hold a '{separator}'"
+            raise UserError(f"{counts}: {todo}")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
     check(len(set(names)) == len(names), SAME_NAME)
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)

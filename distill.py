@@ -490,7 +490,7 @@ def train(args, training, splits, live_teacher=None):
 
     Every log_steps steps a row has the mean losses since the one before, and an epoch's last row also its scores on
     eval. At a row no loss is unread and all ranks stand at the same step: here the caller may save, report, or stop.
-    Raises Diverged if the loss is not finite.
+    After SIGTERM a single process has a row at once. Raises Diverged if the loss is not finite.
 
     Args:
         training: where to begin, and what is trained.
@@ -526,7 +526,7 @@ def train(args, training, splits, live_teacher=None):
                 bar.update(len(batch))
 
                 last, due = training.step % steps_per_epoch == 0, training.step % args.log_steps == 0
-                if last or due or (training.sigterm and world_size == 1):  # a group agrees to stop at rows alone
+                if last or due or (training.sigterm and world_size == 1):  # a group, which must agree, waits
                     sums = torch.cat([sums, torch.tensor([float(training.sigterm)], device=device)])
                     dist.all_reduce(sums)
                     *losses, stop = sums.tolist()  # the host waits for the device
@@ -655,11 +655,11 @@ def search(args, task, identity):
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     student, splits, space = task.student, task.splits, search_space(args)
-    command = {name: value for name, value in identity.items() if name not in (*SEARCHED, "processes")}
-    key = digest(json.dumps([command, sorted(space)]), *[split.teacher_logits for split in splits.values()])
+    command = {name: value for name, value in identity.items() if name not in (*space, "processes")}
+    key = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
     path = Path(args.checkpoint_dir, "trials.jsonl")
     lines = from_rank0(lambda: read(path)) or []
-    trials = [line for line in lines if line["search"] == key]  # and not of another command in the same folder
+    trials = [line for line in lines if line.get("search") == key]  # and not of another command in the same folder
     say(f"search: {len(trials)} of {args.n_trials} trials are done, in {path}")
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     for number in range(len(trials), args.n_trials):
@@ -774,7 +774,11 @@ def report(args, results):
     seldom = seldom_answered(results["by_class"])
     if seldom:
         say(f"seldom or never answered on eval: {data.listed(seldom)}\n")
-    if args.alpha < 1 and results["examples"]["train"]:
+    if (
+        args.alpha < 1
+        and results["examples"]["train"]
+        and not (args.unlabeled_id or args.n_trials or args.hub_model_id)
+    ):
         say(f"the same without a teacher, to compare: --alpha 1 --output_dir {args.output_dir}-alone\n")
     if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 1):
         say("note: on eval the student is better than its teacher: see --teacher_epochs, or raise --alpha\n")
@@ -861,11 +865,10 @@ def write_model_card(args, results):
             if f"{role}_{score}" in student:
                 its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{score}"]}
                 scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
-    on_hub = None
+    on_hub = huggingface_hub.ModelCardData()
     if args.hub_model_id:  # what was said there by hand stays
         with as_user_error(f"cannot read the card of {args.hub_model_id}, repeat the command to try again"):
-            on_hub = huggingface_hub.HfApi().model_info(args.hub_model_id).card_data
-    on_hub = on_hub or huggingface_hub.ModelCardData()
+            on_hub = huggingface_hub.HfApi().model_info(args.hub_model_id).card_data or on_hub
     metadata = huggingface_hub.ModelCardData(
         **{key: on_hub.get(key) for key in ("license", "license_name", "license_link", "language")},
         model_name=name if scores else None,  # of the scores
@@ -951,6 +954,8 @@ def stopping_at_a_row(training):
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+    if training.sigterm:  # it came after the last row: the checkpoint is whole
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def lock(folder, held):
@@ -1039,7 +1044,7 @@ MODEL_FILES = "model_files.json"  # lists what save_model() has written: so much
 
 
 def save_model(folder, model, tokenizer):
-    """Save a classifier as transformers does, but replace files only by complete ones."""
+    """Save a classifier as transformers does, but by complete files alone, and without those of an earlier model."""
     folder, temporary = Path(folder), Path(folder, ".saving")
     with writing(folder / "model.safetensors"):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1211,8 +1216,7 @@ def choose_device():
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     # torchrun's processes share the GPUs they see; srun --gpus-per-task=1 and the like show each process its own alone.
     own = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    fits = own or processes <= gpus
-    check(fits, f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
+    check(own or processes <= gpus, f"{processes} processes on this machine, but {gpus} GPUs: lower --nproc_per_node")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
     torch.cuda.set_device(device)
     # An H100 prefers cuDNN's attention, which plans for every new shape of a batch. Batches of text have many shapes,
@@ -1309,12 +1313,13 @@ def check_before_start(args, device, held):
         with as_user_error(f"these flags need a package, pip install {module}"):
             importlib.import_module(module)
     written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
-    for source in filter(None, (args.teacher_id, args.student_id)):
+    for source in {args.teacher_id, args.student_id} - {None, "demo", "teacher"}:
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")
-    found = [name for name in ("README.md", "config.json", "metrics.jsonl") if Path(args.output_dir, name).exists()]
-    others = f"{args.output_dir} has a {found[0]} that is not a run's" if found else ""
-    check(not found or "metrics.jsonl" in found, f"{others}: choose another --output_dir")
+    for folder in written:
+        found = [name for name in ("README.md", "config.json", "metrics.jsonl") if Path(folder, name).exists()]
+        others = f"{folder} has a {found[0]} that is not a run's" if found else ""
+        check(not found or "metrics.jsonl" in found, f"{others}: choose another --output_dir")
     for folder in {os.path.realpath(folder) for folder in (args.output_dir, args.checkpoint_dir)}:
         os.makedirs(folder, exist_ok=True)
         lock(folder, held)

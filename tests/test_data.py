@@ -1874,3 +1874,21 @@ def test_prediction_batches(tokens):
     longest = [int(tokens.lengths[rows].max()) for rows in batches]
     assert longest == sorted(longest, reverse=True)
     assert data.prediction_batches(tokens.lengths[:3], 1)[0].tolist() == [int(tokens.lengths[:3].argmax())]
+
+
+@pytest.mark.parametrize(("names", "classes"), [(["-1", "0", "+1"], ["-1", "0", "1"]), (["0.0", "1.0"], ["0", "1"])])
+def test_a_class_label_of_numbers_loses_no_row(tmp_path, names, classes):
+    for split in ("train", "validation"):
+        columns = {"text": [f"{split} {i}" for i in range(12)], "label": [i % len(names) for i in range(12)]}
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    splits, found = data.load_splits(str(tmp_path))
+    assert found == classes and splits["train"].labels.tolist() == columns["label"]
+
+
+def test_a_hidden_answer_of_a_teacher_is_no_class(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "teacher": datasets.ClassLabel(names=["a", "b"])})
+    columns = {"text": [f"text {i}" for i in range(40)], "teacher": [i % 3 - 1 for i in range(40)]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="14 rows have no answer, first row 1"):
+        data.load_splits(str(tmp_path / "train.parquet"), label_column="none", teacher_columns=["teacher"])

@@ -1332,6 +1332,17 @@ def test_sigterm_stops_a_single_process_at_the_next_step(command):
     )
 
 
+def test_sigterm_after_the_last_row_is_not_lost(command):
+    """Else a job that is told to stop would go on to the student's training."""
+    flags = {"teacher_epochs": 1, "epochs": 1}
+    arguments = command("stopped", **flags)
+    assert start(arguments, DIE + 'at_call("evaluate", distill, 1, by=signal.SIGTERM)').codes == [-signal.SIGTERM]
+    assert not os.path.exists(f"{output_of(arguments)}/metrics.jsonl")
+    again = start(arguments)
+    assert again.codes == [0] and "continuing at step 7\n" in again.out
+    assert same_weights(output_of(arguments), run(command("undisturbed", **flags)))
+
+
 def test_a_second_sigterm_ends_the_run_at_once(command):
     arguments = command("twice")
     twice = 'at_call("training_step", distill, 3, by=signal.SIGTERM, before=lambda *_: os.kill(os.getpid(), 15))'
@@ -2008,13 +2019,16 @@ def test_unlabeled_text_with_a_column(column_command, reviews, write_csv, capsys
     assert "has no column 'teacher'" in refused(column_command("no", hard_answers(reviews), **flags), capsys)
 
 
-def test_a_column_in_a_search(column_command, reviews):
+def test_a_column_in_a_search(column_command, reviews, capsys):
     flags = {"label": False, "label_column": "none", "n_trials": 2}
     folder = run(column_command("search", hard_answers(reviews), **flags))
     trials = trials_of(folder)
     assert {trial["state"] for trial in trials} == {"COMPLETE"} and "temperature" not in trials[0]
     assert results(folder)["student"]["eval_agreement"] == max(trial["value"] for trial in trials)
     assert results(folder)["arguments"]["temperature"] == 1.0
+    capsys.readouterr()
+    run(column_command("search", hard_answers(reviews), **flags, temperature=0.5))
+    assert "search: 0 of 2 trials are done" in capsys.readouterr().out  # those were of another temperature
 
 
 def test_a_column_on_two_ranks_killed_and_continued(column_command, reviews, capsys):
