@@ -987,7 +987,8 @@ def keep_layers(model, count):
     """A copy of the model with `count` of its layers, evenly spaced: 2 of 6 are the third and the last."""
     config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
     check(count <= total, f"--student_layers {count}: the model has only {total} layers")
-    names = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_hidden_groups")  # BART, T5, ALBERT
+    # Of BART, T5 and ALBERT. In older transformers num_hidden_layers is not the same attribute as encoder_layers.
+    names = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers", "num_hidden_groups")
     with as_user_error(f"--student_layers {count} does not work with {config.model_type} models"):
         depths = {name: getattr(config, name) for name in names if hasattr(config, name)}
         kept = {n: [(i + 1) * n // min(n, count) - 1 for i in range(min(n, count))] for n in depths.values()}
