@@ -262,14 +262,14 @@ def read_labels(table, label_column, where, may_lack):
             labels = labels.cast(pa.int64())
     fits = kind in ("text", "integers", "booleans", "floats", "null")
     check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
-    hidden = isinstance(table.features[label_column], datasets.ClassLabel)  # -1, which column_of() makes null
-    labels = pc.fill_null(labels.cast(pa.string()), "-1" if hidden else "")
+    own = [spelled(name) for name in getattr(table.features[label_column], "names", [])]  # a ClassLabel's
+    # Its hidden -1, which column_of() makes null, is no class of that name.
+    labels = pc.fill_null(labels.cast(pa.string()), "-1" if own and "-1" not in own else "")
     stored = pc.unique(labels)
     found, places = [spelled(name) for name in stored.to_pylist()], pc.index_in(labels, stored).to_numpy()
     if "" in found:
         row = (places == found.index("")).argmax() + 1
         raise UserError(f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
-    own = [spelled(name) for name in getattr(table.features[label_column], "names", [])]  # a ClassLabel's
     if all(re.fullmatch(WHOLE, name) for name in (*own, *found)):
         own, found = [folded(name) for name in own], [folded(name) for name in found]  # 1.0 is 1, as in merged tables
     names = own if own and {*found} != {"-1"} else sorted_classes({*found}, where)  # -1 as if it were a name

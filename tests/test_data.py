@@ -1892,3 +1892,11 @@ def test_a_hidden_answer_of_a_teacher_is_no_class(tmp_path):
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="14 rows have no answer, first row 1"):
         data.load_splits(str(tmp_path / "train.parquet"), label_column="none", teacher_columns=["teacher"])
+
+
+def test_a_hidden_label_is_no_class_of_the_name_minus_1(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "-1"])})
+    columns = {"text": [f"text {i}" for i in range(40)], "label": [*[0, 1] * 19, 0, -1]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"no label in .*, row 40"):
+        data.load_splits(str(tmp_path / "train.parquet"))
