@@ -116,7 +116,7 @@ CLASSES_ROWS = "few-alone few-patient few-both few-little few-taught few-sentenc
 TABLES = {  # name -> (title, teacher, rows), of which the first is the control
     "demo": ("The demo", TEACHER, "alone both some-teacher patient"),
     "sst2": ("SST-2", SST2_TEACHER, " ".join(name for name in ROWS if name.startswith("sst2-"))),
-    "sst2-readme": ("SST-2, README's rows", SST2_TEACHER, "sst2-alone sst2-both sst2-text"),
+    "sst2-readme": ("SST-2, README's rows", f"{SST2_TEACHER}-5e-5", "sst2-alone sst2-both sst2-text"),
     "trec": ("Six classes of questions (TREC)", TREC_TEACHER, "trec-alone trec-both"),
     "classes": ("54 classes (Debian)", FEW_TEACHER, CLASSES_ROWS),
     "classes-all": ("54 classes (Debian), all labels", ALL_TEACHER, "all-alone all-both"),
@@ -156,6 +156,7 @@ def write_table(args):
         os.symlink(args.folder, dataset)
     files_note = f"\n- FOLDER: {FILES[dataset]}." if dataset in FILES else ""
     command = f"python tests/bench_quality.py --table {args.table}" + " --folder FOLDER" * (dataset in FILES)
+    command += f" --seeds {args.seeds}" * (args.seeds < 5)
     if args.words:
         return write_words(title, read_splits(flags), f"`{command} --words`{files_note}")
     candidates = [each for each in candidates if has_ended(each) or not args.report]
