@@ -38,10 +38,6 @@ class UserError(Exception):
         super().__init__(message if len(message) <= 500 else message[:500] + " …")
 
 
-class NoSplit(UserError):
-    """Local data without the split that is asked for."""
-
-
 def check(condition, message):
     """Raise UserError with the message if the condition is false."""
     if not condition:
@@ -128,8 +124,8 @@ def load_splits(
 
     Args:
         dataset_id: a Hub id, a local folder or file (see FORMATS), or the word "demo".
-        split_names: role to split name or slice, such as {"train": "train[:90%]", "eval": "validation"}. Of local
-            data without one, "validation" is a tenth of each class of "train", always the same.
+        split_names: role to split name or slice, such as {"train": "train[:90%]", "eval": "validation"}. Without
+            a split "validation" it is a tenth of each class of "train", always the same.
         label_column: "none" if no split has labels. If there is a teacher, the training split need not have any.
         teacher_columns: where a teacher's answers lie, see read_answers().
         teacher_classes: the class names of a teacher that is a model.
@@ -143,8 +139,8 @@ def load_splits(
     for role, name in split_names.items():  # the training split comes first
         try:
             table, where = read_split(dataset_id, dataset_config, name)
-        except NoSplit:
-            if (role, name) != ("eval", "validation"):
+        except UserError as error:
+            if (role, name) != ("eval", "validation") or "Unknown split" not in str(error):
                 raise
             continue  # it is held out below
         text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
@@ -528,7 +524,6 @@ def compare_orders(logits, labels, class_names):
 # --- Files and the Hub -----------------------------------------------------------------------------------------------
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-SAME_NAME = "two columns have the same name: rename one"
 
 # A folder's file of exactly such a name is its split; what datasets takes for one is asked only where there is none.
 SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
@@ -540,12 +535,9 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
     kind, "dataset" or "unlabeled", says which of the demo's texts is meant, and how flags in messages begin.
     Returns (table, where): a datasets.Dataset, and what error messages call it.
     """
-    name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
-    path = Path(os.path.expanduser(dataset_id))
-    file = None if dataset_id == "demo" else find_file(path, dataset_id, name)
-    check(not (file and dataset_config), f"{file} is a file and has no configurations: leave out --{kind}_config")
-    where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
-    files = [file] if file else []
+    path, files, source = Path(os.path.expanduser(dataset_id)), [], dataset_id
+    local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
+    check(path.exists() or not local, f"no such file or folder: {dataset_id}")
     try:
         if dataset_id == "demo":
             table = take(read_demo(kind), split_name)
@@ -555,69 +547,67 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
         elif not path.exists():
             table = datasets.load_dataset(dataset_id, dataset_config, split=split_name)
         else:
-            source = {"path": str(path), "name": dataset_config}
-            if file:
-                source = {"path": FORMATS[file.suffix.lower()], "data_files": {name: glob.escape(str(file))}}
-            files = files or find_shards(path, dataset_config, name)
-            table = read_files(files, source, split_name, name)
-        names = [column.strip() for column in table.column_names]
-        check(len(set(names)) == len(names), SAME_NAME)
-        table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
+            name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
+            files, how = find_files(path, dataset_config, name)
+            source = files[0] if len(files) == 1 else path
+            table = read_files(files, how, split_name, name)
+        table = table.with_format(None).rename_columns({column: column.strip() for column in table.column_names})
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
-        kind_of_error = NoSplit if "Unknown split" in str(error) and path.exists() else UserError
-        raise kind_of_error(f"cannot read {where}: {why_unreadable(error, files, path, kind)}") from error
+        reason = why_unreadable(error, files, path, kind)
+        raise UserError(f"cannot read split '{split_name}' of {source}: {reason}") from error
+    where = f"split '{split_name}' of {source}" + (" (its rows count from 1)" if "[" in split_name else "")
     check(len(table), f"{where} has no data")
     return table, where
 
 
-def find_file(path, dataset_id, name):
-    """The local file that holds a split by its name; None for a Hub id, and for a folder without one."""
+def find_files(path, dataset_config, name):
+    """A local split's files, of exactly its name or else those that datasets takes, and how that is to read them.
+
+    Says which they are, where there are several or others are left out. Raises UserError.
+    """
     if path.is_file():
-        check(path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}")
-        if name != "train":
-            raise NoSplit(f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'")
-        return path
-    local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
-    check(path.is_dir() or not local, f"no such file or folder: {dataset_id}")
+        check(path.suffix.lower() in FORMATS, f"the formats are {', '.join(FORMATS)}")
+        check(not dataset_config, "a file has no configurations: leave out --dataset_config")
+        check(name == "train", f"Unknown split '{name}': a file is one split, train; cut it, as in 'train[:90%]'")
+        return [path], {"path": FORMATS[path.suffix.lower()], "data_files": {name: glob.escape(str(path))}}
+    path = path.resolve()  # as datasets names files
+    tables = [file for file in sorted([*path.glob("*"), *path.glob("*/*")]) if file.suffix.lower() in FORMATS]
     stems = SPLIT_FILES.get(name, [name])
-    starts = re.compile(rf"({'|'.join(map(re.escape, stems))})(?![a-z])")
-    like = [file for file in tables_in(path) if starts.match(file.stem.lower())]
-    here = [[file for file in like if file.parent == path and file.stem.lower() == stem] for stem in stems]
-    found = next(filter(None, here), [])
-    check(len(found) < 2, f"{path} holds the split '{name}' more than once: {listed(found)}")
-    if found and len(like) > 1:
-        others = listed(file.relative_to(path) for file in like if file not in found)
-        print(f"split '{name}' of {path} is {found[0].name}; left out: {others}")
-    return found[0] if found else None
+    here = [[file for file in tables if file.parent == path and file.stem.lower() == stem] for stem in stems]
+    files = next(filter(None, here), [])
+    check(len(files) < 2, f"it holds the split '{name}' more than once: {listed(file.name for file in files)}")
+    if files:
+        how = {"path": FORMATS[files[0].suffix.lower()], "data_files": {name: glob.escape(str(files[0]))}}
+        others = [file for file in tables if file.stem.lower().startswith(tuple(stems)) and file not in files]
+    else:
+        how = {"path": str(path), "name": dataset_config}
+        builder = datasets.load_dataset_builder(**how)
+        splits = {str(split): sorted(map(Path, its)) for split, its in builder.config.data_files.items()}
+        check(name in splits, f"Unknown split '{name}', there are {listed(splits)}: see --eval_split")
+        files, taken = splits[name], {*chain(*splits.values())}
+        others = [file for file in tables if file not in taken]
+        unpacked = builder.name != "csv" or all(file.suffix.lower() in (".csv", ".tsv") for file in files)
+        check(unpacked, "csv files are found by their names, such as train.csv: unpack or rename")
+    names, others = ([os.path.relpath(file, path) for file in its] for its in (files, others))
+    if others or len(names) > 1:
+        print(f"split '{name}' of {path} is {listed(names)}" + (f"; left out: {listed(others)}" if others else ""))
+    check_shards(path, names)
+    return files, how
 
 
-def find_shards(path, dataset_config, name):
-    """The files that datasets takes for a split of a folder, which are said. Raises UserError if they are no whole."""
-    builder = datasets.load_dataset_builder(str(path), dataset_config)
-    splits = {str(split): files for split, files in builder.config.data_files.items()}
-    check(name in splits, f"Unknown split '{name}', there are {listed(splits)}: see --eval_split")
-    root, taken = path.resolve(), {*map(Path, chain(*splits.values()))}
-    names = sorted(os.path.relpath(file, root) for file in splits[name])
-    others = [str(file.relative_to(root)) for file in tables_in(root) if file not in taken]
-    print(f"split '{name}' of {path} is {listed(names)}" + (f"; left out: {listed(others)}" if others else ""))
+def check_shards(path, names):
+    """Refuse a folder's files that are not all the shards of one split, unless its card says that they are a split."""
     card = path / "README.md"
     by_card = card.is_file() and "data_files:" in card.read_text("utf-8")
-    alike = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]{16})?", r"#\1", its) for its in names}
+    alike = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]{16})?", r"#\1", name) for name in names}
     check(by_card or len(alike) == 1, f"{listed(names)} are not the shards of one split: leave one, or rename it")
     shards = re.findall(r"(\d+)-of-(\d+)", " ".join(names))
     if shards and len(shards) != int(shards[0][1]):
         lost = set(range(int(shards[0][1]))).difference(int(number) for number, _ in shards)
         raise UserError(f"of {shards[0][1]} shards number {listed(sorted(lost))} is missing")
-    unpacked = builder.name != "csv" or all(its.lower().endswith((".csv", ".tsv")) for its in names)
-    check(unpacked, "csv files are found by their names, such as train.csv: unpack or rename")
-    return [root / its for its in names]
 
 
-def tables_in(path):
-    return [file for file in sorted([*path.glob("*"), *path.glob("*/*")]) if file.suffix.lower() in FORMATS]
-
-
-def read_files(files, source, split_name, name):
+def read_files(files, how, split_name, name):
     """Read local files as they are now: the cache of datasets goes by a file's path and time stamp."""
     loader = FORMATS.get(files[0].suffix.lower())
     for file in files:
@@ -631,7 +621,7 @@ def read_files(files, source, split_name, name):
     cache = datasets.config.HF_DATASETS_CACHE
     os.makedirs(cache, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as cache:  # what is read stays mapped
-        return datasets.load_dataset(**source, **encoding, split=split_name, cache_dir=cache)
+        return datasets.load_dataset(**how, **encoding, split=split_name, cache_dir=cache)
 
 
 def why_unreadable(error, files, path, kind):
@@ -685,7 +675,6 @@ def read_csv(file):
             todo = "save it as .csv, with quotes" if tsv else f"put quotes around texts that hold a '{separator}'"
             raise UserError(f"{counts}: {todo}")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
-    check(len(set(names)) == len(names), SAME_NAME)
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
 

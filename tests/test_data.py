@@ -205,7 +205,7 @@ def test_blanks_around_labels_and_column_names(write, tmp_path):
     pq.write_table(pa.table({"text ": ["a", "b"], " label": [0, 1]}), tmp_path / "a.parquet")
     assert read(str(tmp_path / "a.parquet")) == (["a", "b"], ["0", "1"])
     pq.write_table(pa.table({"text ": ["a", "b"], " text": ["c", "d"], "label": [0, 1]}), tmp_path / "a.parquet")
-    assert "two columns have the same name" in refusal(str(tmp_path / "a.parquet"))
+    assert "New column names must all be different" in refusal(str(tmp_path / "a.parquet"))
 
 
 def test_a_files_name_is_no_pattern(write):
@@ -453,7 +453,7 @@ def test_of_a_single_file_a_tenth_of_each_class_is_held_out(write_csv, capsys):
     line = refusal(write_csv("two.csv", rows[:90]), split_names=sliced)
     assert re.search(r"every label in split 'train\[90%:\]' of .* is 'pos'", line)
     with_test = {"train": "train", "eval": "validation", "test": "test"}
-    assert "one file with one split" in refusal(path, split_names=with_test)
+    assert "Unknown split 'test': a file is one split" in refusal(path, split_names=with_test)
 
 
 def test_eval_is_compared_with_training(write_csv, tmp_path, capsys):
@@ -518,7 +518,7 @@ def test_unlabeled_columns(scored, write_csv, tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(UserError, match=r"column 'text' in .* holds integers, not text"):
         data.load_unlabeled(scored, str(tmp_path / "numbers.parquet"))
-    with pytest.raises(UserError, match="one file with one split, train, not 'dev'"):
+    with pytest.raises(UserError, match="Unknown split 'dev': a file is one split, train; cut it"):
         data.load_unlabeled(scored, path, split_name="dev")
     with pytest.raises(UserError, match="no such file or folder"):
         data.load_unlabeled(scored, "./nowhere.txt")
@@ -930,8 +930,8 @@ def test_refuses_training_data(write_csv, rows, message):
         ("quote.csv", 'text,label\nok,1\n"Tis good,1\n"Tis bad,0\n', "row 2: .*a quotation mark is written twice"),
         ("open.csv", 'text,label\nok,1\n"Tis good,1\nbad,0\n', "row 2: "),
         ("glue.tsv", "text\tlabel\na\tb\t1\n", "row 1 has 3 fields"),
-        ("twice.csv", "text,label,text \na,1,b\n", "two columns have the same name"),
-        ("twins.csv", "text,label,text\na,1,b\n", "two columns have the same name"),
+        ("twice.csv", "text,label,text \na,1,b\n", "Field \"text\" exists 2 times"),
+        ("twins.csv", "text,label,text\na,1,b\n", "Field \"text\" exists 2 times"),
         ("none.csv", "great film,1\nbad plot,0\n", "only great film, 1 .a csv file's first line names its columns"),
         ("latin.csv", "text,label\nok,1\ncafé,0\n".encode("latin-1"), "line 3 of latin.csv is not UTF-8: save"),
         ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "line 1 of .* is not UTF-8"),
