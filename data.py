@@ -30,6 +30,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from losses import NO_LABEL
+
 
 class UserError(Exception):
     """An error that the user can fix. The message is one line: what is wrong, and what to do."""
@@ -81,7 +83,6 @@ KNOWN_TEXT_COLUMNS = [names.split() for names in (
     "sentence1 sentence2", "question1 question2", "premise hypothesis", "question sentence", "sentence", "text",
 )]  # fmt: skip
 
-NO_LABEL = -100  # cross_entropy's own ignore_index
 WHOLE = r"[-+]?\d+(\.0*)?"  # a whole number, as tables have it
 
 
@@ -208,9 +209,6 @@ def label_ids(labels, index):
 
 
 def no_column(column, table, where):
-    lists = [name for name in table.column_names if kind_of(table, name) == "lists"]
-    if len(table) == 1 and lists:  # as in {"version": 1, "data": [...]}
-        return f"{where} is one record: if its examples are under '{lists[0]}', save that list alone"
     hint = " (a csv file's first line names its columns)" if re.search(r"\.[ct]sv\b", where.lower()) else ""
     columns, todo = listed(table.column_names) + hint, "use --text_columns and --label_column (none: without labels)"
     return f"{where} has no column '{column}', only {columns}: {todo}, or rename it"
@@ -642,9 +640,9 @@ def why_unreadable(error, files, path, kind):
     return reason + (remedy(reason, path) or usual)
 
 
-def remedy(reason, path, files="**/*"):
+def remedy(reason, path):
     """What to do where a clone lacks its large files or the Hub's cache cannot be written to."""
-    if any(map(is_pointer, path.glob(files))):
+    if any(map(is_pointer, path.glob("*"))):
         return "; its files are pointers of Git LFS: run git lfs pull"
     blamed = re.search("Permission|Read-only|No space", reason) and not (path.exists() and str(path) in reason)
     try:
@@ -865,7 +863,7 @@ def load_model(model_id, classes=None, seed=0):
     try:
         config = load_config(folder)
         config.return_dict = True
-        own = config.id2label
+        own = [str(name) for _, name in sorted(config.id2label.items())]
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -880,27 +878,22 @@ def load_model(model_id, classes=None, seed=0):
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
-        reason, hint = one_line(error), "" if here else "; no local folder has that name; offline, try --demo"
-        remedied = remedy(reason, Path(folder), "*")
-        if remedied:
-            hint = remedied
-        elif os.path.exists(f"{folder}/adapter_config.json"):
-            reason, hint = "it is an adapter", ": merge it into its base model first"
+        reason = one_line(error)
+        if os.path.exists(f"{folder}/adapter_config.json"):
+            reason = "it is an adapter: merge it into its base model first"
         elif here and not os.path.exists(f"{folder}/config.json"):
             below = sorted(path.parent.name for path in Path(folder).glob("*/config.json"))
-            reason, hint = "it has no config.json", f"; but these have: {listed(below)}" if below else ""
+            reason = "it has no config.json" + (f"; but these have: {listed(below)}" if below else "")
         elif "tiktoken" in reason or "Error parsing line" in reason:  # transformers takes a spm.model for that
-            reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
-        elif "contains custom code" in reason:
-            reason, hint = "it needs code of its own, which this does not run", ""
+            reason = "its tokenizer needs the package sentencepiece: pip install -r requirements.txt"
+        hint = remedy(reason, Path(folder)) or ("" if here else "; no local folder has that name; offline, try --demo")
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
-    crossed = (
-        classes and len(own) == len(classes) and not same_order([str(own.get(i)) for i in range(len(own))], classes)
-    )
-    if crossed or (classes and report["mismatched_keys"]):
-        print(f"{model_id} has other classes, or these in another order ({listed(own.values())}): its head is new")
-    if crossed:  # to learn the order takes longer than to start anew
+    unnamed = own == [f"LABEL_{output}" for output in range(len(own))]
+    other = classes and not unnamed and [*map(folded, own)] != [*map(folded, classes)]
+    if other or (classes and report["mismatched_keys"]):
+        print(f"{model_id} has other classes, or these in another order ({listed(own)}): its head is new")
+    if other:  # to learn another order takes longer than to start anew
         encoder = model.base_model.state_dict()
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         model.base_model.load_state_dict(encoder)
@@ -933,19 +926,17 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     others = {"multi_label": "several labels per text", "regression": "regression", "TokenCl": "labels of tokens"}
     found = [words for mark, words in others.items() if mark in kinds] + ["regression"] * (model.config.num_labels == 1)
     check(classes or not found, f"{model_id} is made for {listed(found[:1])}: this takes classifiers of texts")
-    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))
+    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))[:1]
     # Without a vocabulary file transformers makes up a tokenizer of special tokens alone.
     known = len(tokenizer) > len(tokenizer.all_special_ids) and tokenizer.pad_token_id is not None
     fits = len(tokenizer) <= getattr(model.config, "vocab_size", math.inf)  # CANINE has none
-    check(not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}")
+    check(not misfits, f"the weights of {model_id} do not fit its config.json: {listed(misfits)}")
     check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt and a padding token")
     check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
-    wrapped = sorted(name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod.")))
-    inside = "save the model inside DDP (module.) or torch.compile (_orig_mod.)"
-    check(not wrapped, f"the weights of {model_id} have other names, such as {listed(wrapped[:1])}: {inside}")
+    wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in report["unexpected_keys"])
     lost = [name for name in sorted(report["missing_keys"]) if name.startswith(encoder) or not classes]
-    names = f"{listed(lost)} (not fine-tuned? see --teacher_epochs)"
-    check(classes or not lost, f"{model_id} is not a finished model: it lacks {names}")
+    why = "not fine-tuned? see --teacher_epochs; or saved inside DDP or torch.compile? save what is inside"
+    check(not lost or (classes and not wrapped), f"{model_id} is no finished model ({why}): it lacks {listed(lost)}")
     if lost:
         print(f"warning: {model_id} lacks weights, now random: {listed(lost)}")
 
@@ -1022,13 +1013,6 @@ def adopt_classes(teacher_names, names):
     numbered = [name.removeprefix("LABEL_") for name in names] == [str(i) for i in range(len(names))]
     spelling = {} if numbered else dict(zip(order, names, strict=True))
     return [spelling.get(i, name) for i, name in enumerate(teacher_names)], order
-
-
-def same_order(names, others):
-    """Whether as many class names are the same in the same order, or one side has only numbers."""
-    names, others = list(map(folded, names)), list(map(folded, others))
-    numbers = any(all(re.fullmatch(r"(label_)?\d+", name) for name in side) for side in (names, others))
-    return names == others or (numbers and sorted(names) != sorted(others))
 
 
 def match_classes(model_names, class_names):

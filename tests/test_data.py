@@ -930,16 +930,16 @@ def test_refuses_training_data(write_csv, rows, message):
         ("quote.csv", 'text,label\nok,1\n"Tis good,1\n"Tis bad,0\n', "row 2: .*a quotation mark is written twice"),
         ("open.csv", 'text,label\nok,1\n"Tis good,1\nbad,0\n', "row 2: "),
         ("glue.tsv", "text\tlabel\na\tb\t1\n", "row 1 has 3 fields"),
-        ("twice.csv", "text,label,text \na,1,b\n", "Field \"text\" exists 2 times"),
-        ("twins.csv", "text,label,text\na,1,b\n", "Field \"text\" exists 2 times"),
+        ("twice.csv", "text,label,text \na,1,b\n", 'Field "text" exists 2 times'),
+        ("twins.csv", "text,label,text\na,1,b\n", 'Field "text" exists 2 times'),
         ("none.csv", "great film,1\nbad plot,0\n", "only great film, 1 .a csv file's first line names its columns"),
         ("latin.csv", "text,label\nok,1\ncafé,0\n".encode("latin-1"), "line 3 of latin.csv is not UTF-8: save"),
         ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "line 1 of .* is not UTF-8"),
         ("latin.jsonl", '{"text":"a","label":0}\n{"text":"é","label":1}\n'.encode("latin-1"), "line 2 .* is not UTF-8"),
         ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 of cut.jsonl is not JSON"),
         ("half.jsonl", '{"text":"a","label":0}\n{"text":"\\ud83d","label":1}\n', "line 2 .*half an emoji"),
-        ("nested.json", '{"version": 1, "data": [{"text":"a","label":0}]}', "one record: .* under 'data', save"),
-        ("mixed.json", '{"data": [{"text":"a","label":0}, {"text":"b","x":[1]}]}', "one record: .* under 'data'"),
+        ("nested.json", '{"version": 1, "data": [{"text":"a","label":0}]}', "no column 'text', only version, data"),
+        ("mixed.json", '{"data": [{"text":"a","label":0}, {"text":"b","x":[1]}]}', "no column 'text', only data: use"),
         ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds lists"),
         ("pandas.json", '{"text": {"0":"a","1":"b"}, "label": {"0":0,"1":1}}', "column 'text' .* holds objects, not"),
         ("bodies.jsonl", '{"body":"a"}\n{"body":"b"}\n', "no column 'label', only body: use"),
@@ -1275,12 +1275,12 @@ def test_keep_layers_of_two_stacks_groups_and_lists_of_settings(save_as, tmp_pat
 def test_a_model_to_be_trained_keeps_a_head_of_these_classes_alone(save_tiny, capsys):
     folder = save_tiny("model", classes=("positive", "negative"))
     whole, _ = data.load_model(folder)
-    for classes in (["positive", "negative"], ["POSITIVE", "Negative"], ["0", "1"]):
+    for classes in (["positive", "negative"], ["POSITIVE", "Negative"]):
         model, _ = data.load_model(folder, classes)
         assert torch.equal(model.classifier.weight, whole.classifier.weight)
         assert list(model.config.id2label.values()) == classes == list(model.config.label2id)
     assert capsys.readouterr().out == ""
-    for classes in (["negative", "positive"], ["sport", "arts"], ["a", "b", "c"]):
+    for classes in (["negative", "positive"], ["sport", "arts"], ["a", "b", "c"], ["0", "1"]):
         model, _ = data.load_model(folder, classes, seed=5)
         said = f"{folder} has other classes, or these in another order (positive, negative): its head is new\n"
         assert capsys.readouterr().out == said
@@ -1313,7 +1313,7 @@ def test_classes_that_do_not_count_from_0(save_tiny, capsys):
     model, _ = data.load_model(folder)
     with pytest.raises(UserError, match=r"id2label in .*model must begin with 0, not be 1, 2"):
         data.class_names(model.config)
-    data.load_model(folder, ["negative", "positive"])
+    data.load_model(folder, ["positive", "negative"])
     assert "in another order (negative, positive): its head is new" in capsys.readouterr().out
 
 
@@ -1347,7 +1347,7 @@ def test_code_of_a_repository_is_never_run(write, save_tiny, monkeypatch):
     folder = save_tiny("model")
     change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
     write("model/own.py", "raise SystemExit")
-    with pytest.raises(UserError, match=r"cannot load .*model: it needs code of its own, which this does not run$"):
+    with pytest.raises(UserError, match=r"cannot load .*model: The repository .*model contains custom code"):
         data.load_model(folder)
 
 
@@ -1415,7 +1415,7 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     folder = save_tiny("model")
     whole = weights(folder)
     save_weights({name: tensor for name, tensor in whole.items() if "layer.1.output.dense" not in name}, folder)
-    with pytest.raises(UserError, match=r"not a finished model: it lacks bert.encoder.layer.1.output.dense.bias, bert"):
+    with pytest.raises(UserError, match=r"no finished model .*: it lacks bert.encoder.layer.1.output.dense.bias, bert"):
         data.load_model(folder)
     data.load_model(folder, ["negative", "positive"])
     assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
@@ -1423,15 +1423,11 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     for prefix in ("module.", "_orig_mod."):
         save_weights({prefix + name: tensor for name, tensor in whole.items()}, folder)
         for class_names in (None, ["negative", "positive"]):
-            with pytest.raises(
-                UserError, match=rf"such as {prefix}bert.*DDP \(module.\) or torch.compile \(_orig_mod.\)"
-            ):
+            with pytest.raises(UserError, match=r"saved inside DDP or torch.compile.* it lacks .*, bert.embeddings"):
                 data.load_model(folder, class_names)
 
     save_weights({name: tensor for name, tensor in whole.items() if "classifier" not in name}, folder)
-    with pytest.raises(
-        UserError, match=r"not a finished model: it lacks classifier.bias, classifier.weight \(not fine-t"
-    ):
+    with pytest.raises(UserError, match=r"no finished model \(not fine-tuned.*lacks classifier.bias, classifier.weight"):
         data.load_model(folder)
     data.load_model(folder, ["negative", "positive"])  # to be trained: a new head is what it needs
     assert capsys.readouterr().out == ""
@@ -1466,7 +1462,7 @@ def test_a_classifier_of_tokens_is_no_finished_model(save_as, family):
     folder = save_as(family)
     config = transformers.AutoConfig.from_pretrained(folder)
     transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"not a finished model: it lacks|is made for labels of tokens"):
+    with pytest.raises(UserError, match=r"no finished model|is made for labels of tokens"):
         data.load_model(folder)
 
 
