@@ -85,7 +85,6 @@ KNOWN_TEXT_COLUMNS = [names.split() for names in (
 
 WHOLE = r"[-+]?\d+(\.0*)?"  # a whole number, as tables have it
 
-
 # A split's labels as they stand: the different names, a ClassLabel's in its order, else sorted (none without a column);
 # each row's place among them ([N], -1 where it has no label); and what messages call the split.
 Labels = namedtuple("Labels", "names places where")
@@ -151,8 +150,7 @@ def load_splits(
         texts[role] = select_texts(table, text_columns, where)
         visible = [matches(texts[role], column, r"[^\s\p{Cc}\p{Cf}\pZ]") for column in text_columns]
         row = pc.index(functools.reduce(pc.or_, visible), False).as_py() + 1
-        empty = f"empty text in {where}, column '{','.join(text_columns)}', row {row}"
-        check(not row, f"{empty}: fill it or remove the row")
+        check(not row, f"empty text in {where}, column '{','.join(text_columns)}', row {row}: fill it or remove the row")
         labels[role] = read_labels(table, label_column, where, may_lack_labels)
         only_labels = role != "train" and labels[role].names and not {*teacher_columns}.intersection(table.column_names)
         answers[role] = None if only_labels else read_answers(table, teacher_columns, labels["train"].names, where)
@@ -250,12 +248,11 @@ def read_labels(table, label_column, where, may_lack):
         return Labels([], np.full(len(table), -1), where)
     check(label_column in table.column_names, no_column(label_column, table, where))
     labels, kind = column_of(table, label_column), kind_of(table, label_column)
-    check(kind != "lists", f"several labels per text in {where}: this trains on one per text")
     if kind == "floats":  # whole numbers may be stored so
         with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
             labels = labels.cast(pa.int64())
     fits = kind in ("text", "integers", "booleans", "floats", "null")
-    check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
+    check(fits, f"the labels in {where} are {kind}, not one integer or string per text: use --label_column")
     own = [spelled(name) for name in getattr(table.features[label_column], "names", [])]  # a ClassLabel's
     # Its hidden -1, which column_of() makes null, is no class of that name.
     labels = pc.fill_null(labels.cast(pa.string()), "-1" if own and "-1" not in own else "")
@@ -396,9 +393,8 @@ def read_answers(table, columns, class_names, where):
     names = [max(end, key=len, default=its[len(prefix) :]) for end, its in zip(ends, columns, strict=True)]
     where = f"{where}, column '{','.join(columns)}'"
     fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names or names)
-    known = f"the classes are {listed(class_names)}"
-    check(fits, f"{where}: each class needs a column that is named like it, or ends in it; {known}")
-    cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
+    check(fits, f"{where}: each class needs a column that ends in its name; the classes are {listed(class_names)}")
+    cells = [column_of(table, name).to_pylist() for name in columns]
     answers = []
     for values in zip(*cells, strict=True):
         try:
@@ -425,15 +421,11 @@ def answer_classes(answers, where):
 def answer_logits(answers, where, class_names):
     """Answers as logits, [N, C] float32. Raises UserError."""
     named = [name for name in dict.fromkeys(chain.from_iterable(answers)) if isinstance(name, str)]
-    known = f"the classes are {listed(class_names)}"
     index = match_names(named, class_names) | {place: place for place in range(len(class_names))}
     numbers = np.full((len(answers), len(class_names)), np.nan)
     for row, answer in enumerate(answers):
-        if 0 in answer and len(answer) != len(class_names):  # a list
-            raise UserError(f"{where}, row {row + 1}: {len(answer)} numbers; {known}")
-        unknown = answer.keys() - index.keys()
-        if unknown:
-            raise UserError(f"{where}, row {row + 1}: '{min(unknown)}' is no class; {known}")
+        if not answer.keys() <= index.keys() or (0 in answer and len(answer) < len(class_names)):  # 0: it is a list
+            raise UserError(f"{where}, row {row + 1} answers {listed(answer)}: the classes are {listed(class_names)}")
         places = [index[name] for name in answer]
         numbers[row, places] = 0
         np.add.at(numbers[row], places, [*answer.values()])  # a class may be there in two spellings
@@ -443,8 +435,8 @@ def answer_logits(answers, where, class_names):
     order = "by name" if named else f"assumed to be in the order {listed(class_names)}"
     other = {name for name in named if name not in class_names and folded(name) in map(folded, class_names)}
     other = sum(not other.isdisjoint(answer) for answer in answers)
-    spelling = f"; {other:,} rows spell a class otherwise" if other else ""
-    print(f"the teacher's answers in {where}: {kind}, {order}{spelling}")
+    order += f"; {other:,} rows spell a class otherwise" if other else ""
+    print(f"the teacher's answers in {where}: {kind}, {order}")
     return logits
 
 
@@ -483,9 +475,8 @@ def as_logits(numbers, where):
     digits = next((digits for digits in (1, 2, 3) if np.allclose(numbers, numbers.round(digits), 0, 1e-7)), 4)
     rounding = max(0.01, numbers.shape[1] / 2 / 10**digits) + 1e-6  # half of the last digit, in every column
     wrong = (sums == 0) | (abs(sums - 1) > (np.inf if whole else rounding))
-    kinds = "neither logits (some below 0) nor probabilities (sums of 1) nor votes (all whole)"
-    row = wrong.argmax()
-    check(not wrong.any(), f"{where}, row {row + 1}: the numbers sum to {sums[row]:g}; the column's are {kinds}")
+    sums_to = f"{where}, row {wrong.argmax() + 1}: the numbers sum to {sums[wrong.argmax()]:g}; the column's are"
+    check(not wrong.any(), f"{sums_to} neither logits (some below 0) nor probabilities (sums of 1) nor votes (whole)")
     kind = "probabilities" if not whole else "votes" if sums.max() > 1 else "hard answers"
     return torch.from_numpy(np.log(np.maximum(numbers / sums[:, None], 1e-8)).astype(np.float32)), kind
 
