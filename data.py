@@ -150,7 +150,7 @@ def load_splits(
         texts[role] = select_texts(table, text_columns, where)
         visible = [matches(texts[role], column, r"[^\s\p{Cc}\p{Cf}\pZ]") for column in text_columns]
         row = pc.index(functools.reduce(pc.or_, visible), False).as_py() + 1
-        check(not row, f"empty text in {where}, column '{','.join(text_columns)}', row {row}: fill it or remove the row")
+        check(not row, f"empty text in {where}, column '{','.join(text_columns)}', row {row}: fill or remove it")
         labels[role] = read_labels(table, label_column, where, may_lack_labels)
         only_labels = role != "train" and labels[role].names and not {*teacher_columns}.intersection(table.column_names)
         answers[role] = None if only_labels else read_answers(table, teacher_columns, labels["train"].names, where)
@@ -198,11 +198,8 @@ def label_ids(labels, index):
     ids = np.array([*(index.get(name, -1) for name in names), NO_LABEL])[places]
     if -1 in ids:
         row = (ids == -1).argmax()
-        hidden = " (hidden, as in GLUE's test splits)" if names[places[row]] == "-1" else ""
-        unknown = f"label '{names[places[row]]}'{hidden} in {where}, row {row + 1}"
-        raise UserError(f"{unknown}, does not occur in training: {listed(index)}")
-    alike = len(np.unique(ids[ids != NO_LABEL])) == 1 and f"every label in {where} is '{names[max(places)]}'"
-    check(not alike, f"{alike}: shuffle the file before it is cut into splits")
+        name = f"'{names[places[row]]}'" + " (hidden, as in GLUE's test splits)" * (names[places[row]] == "-1")
+        raise UserError(f"label {name} in {where}, row {row + 1}, does not occur in training: {listed(index)}")
     return torch.from_numpy(ids)
 
 
@@ -213,19 +210,14 @@ def no_column(column, table, where):
 
 
 def find_text_columns(table, known, where):
-    """The names of the text columns: well-known ones, else the only column of text."""
+    """The names of the text columns: well-known ones, else the only other one of text, and not only of numbers."""
     for names in KNOWN_TEXT_COLUMNS:
         if set(names) <= set(table.column_names) - set(known):
             return names
-    found = prose(table, known)
+    texts = [name for name in table.column_names if name not in known and kind_of(table, name) == "text"]
+    found = [name for name in texts if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]  # in csv all are strings
     check(len(found) == 1, no_column("text", table, where))
     return found
-
-
-def prose(table, known):
-    """The other columns that hold text, and not only numbers: in a csv file these are strings too."""
-    names = [name for name in table.column_names if name not in known and kind_of(table, name) == "text"]
-    return [name for name in names if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]
 
 
 def matches(table, name, pattern):
@@ -251,7 +243,7 @@ def read_labels(table, label_column, where, may_lack):
     if kind == "floats":  # whole numbers may be stored so
         with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
             labels = labels.cast(pa.int64())
-    fits = kind in ("text", "integers", "booleans", "floats", "null")
+    fits = kind in ("text", "integers", "booleans", "floats")
     check(fits, f"the labels in {where} are {kind}, not one integer or string per text: use --label_column")
     own = [spelled(name) for name in getattr(table.features[label_column], "names", [])]  # a ClassLabel's
     # Its hidden -1, which column_of() makes null, is no class of that name.
@@ -291,10 +283,8 @@ def kind_of(table, name):
 
 def sorted_classes(names, where):
     """Class names: numbers by size and others by alphabet."""
-    names = sorted(names)
-    if all(re.fullmatch(WHOLE, name) for name in names):
-        names.sort(key=float)  # 2 before 10
-    twins = {}
+    whole = all(re.fullmatch(WHOLE, name) for name in names)
+    names, twins = sorted(names, key=float if whole else None), {}  # 2 before 10
     for name in names:
         twin = twins.setdefault(folded(name), name)
         check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ in spelling alone: spell them alike")
@@ -312,10 +302,9 @@ def hold_out(split):
     for label in split.labels.unique():
         rows = generator.permutation(np.flatnonzero(split.labels == label))
         drawn.extend(rows[: round(len(rows) / 10)])
-    what = "a tenth" if NO_LABEL in split.labels else "a tenth of each class"
     enough = len(split.labels[drawn].unique()) >= min(2, len(split.labels.unique()))
-    check(enough, f"too few examples to hold out {what}: give a validation split, see --eval_split")
-    print(f"{what}, {len(drawn):,} examples, is held out as eval split")
+    check(enough, "too few examples to hold out a tenth: give a validation split, see --eval_split")
+    print(f"a tenth, {len(drawn):,} examples, is held out as eval split")
     return {"train": split.select(np.setdiff1d(np.arange(len(split)), drawn)), "eval": split.select(np.sort(drawn))}
 
 
@@ -342,8 +331,8 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", 
     table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     names = wanted = splits["train"].texts.column_names
     if len(wanted) == 1 and wanted[0] not in table.column_names:
-        found = prose(table, teacher_columns)
-        names = found if len(found) == 1 else wanted  # a single text column may have another name here
+        names = find_text_columns(table, teacher_columns, where)  # a single text column may have another name here
+        check(len(names) == 1, no_column(wanted[0], table, where))
     way = "train a first student without --unlabeled_id, which labels it as --teacher_id of a second run"
     answered = not teacher_columns or {*teacher_columns}.intersection(table.column_names)
     check(answered, f"{where} has no column '{','.join(teacher_columns)}': {way}")
@@ -550,10 +539,7 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
 
 
 def find_files(path, dataset_config, name):
-    """A local split's files, of exactly its name or else those that datasets takes, and how that is to read them.
-
-    Says which they are, where there are several or others are left out. Raises UserError.
-    """
+    """A local split's files, of exactly its name or else those that datasets takes, and how that is to read them."""
     if path.is_file():
         check(path.suffix.lower() in FORMATS, f"the formats are {', '.join(FORMATS)}")
         check(not dataset_config, "a file has no configurations: leave out --dataset_config")
@@ -591,9 +577,9 @@ def check_shards(path, names):
     alike = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]{16})?", r"#\1", name) for name in names}
     check(by_card or len(alike) == 1, f"{listed(names)} are not the shards of one split: leave one, or rename it")
     shards = re.findall(r"(\d+)-of-(\d+)", " ".join(names))
-    if shards and len(shards) != int(shards[0][1]):
-        lost = set(range(int(shards[0][1]))).difference(int(number) for number, _ in shards)
-        raise UserError(f"of {shards[0][1]} shards number {listed(sorted(lost))} is missing")
+    count = max((int(count) for _, count in shards), default=0)
+    lost = sorted(set(range(count)).difference(int(number) for number, _ in shards))
+    check(len(shards) == count, f"of {count} shards number {listed(lost)} is missing")
 
 
 def read_files(files, how, split_name, name):
@@ -625,9 +611,7 @@ def why_unreadable(error, files, path, kind):
         line = file.suffix.lower() == ".jsonl" and bad_line(file, read_json)
         if line:
             return f"line {line} of {file.name} is not JSON, or holds half an emoji"
-    usual = f"; check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
-    if isinstance(error, ConnectionError):
-        usual = "; without the Hub, give a local folder or file, or try --demo"
+    usual = f"; check --{kind}_id, --{kind}_config and the splits; offline, give a local folder or file, or try --demo"
     return reason + (remedy(reason, path) or usual)
 
 
@@ -657,12 +641,11 @@ def read_csv(file):
         try:
             rows.extend(filter(None, csv.reader(chain([header], lines), delimiter=separator, **quoting)))
         except csv.Error as error:
-            raise UserError(f"row {len(rows)}: {error}; in quotes, a quotation mark is written twice") from None
+            raise UserError(f"row {len(rows)} of {file.name}: {error}; in quotes, a quote is written twice") from None
     for row, fields in enumerate(rows):  # the header is row 0
         if len(fields) != len(rows[0]):
-            counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
             todo = "save it as .csv, with quotes" if tsv else f"put quotes around texts that hold a '{separator}'"
-            raise UserError(f"{counts}: {todo}")
+            raise UserError(f"row {row} of {file.name} has {len(fields)} fields, the header {len(rows[0])}: {todo}")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
@@ -682,7 +665,6 @@ def read_json(line):
 
 
 def is_pointer(file):
-    """Whether a clone holds, in place of a large file, what Git LFS needs to download it."""
     return file.is_file() and file.open("rb").read(20) == b"version https://git-"
 
 
@@ -710,36 +692,28 @@ def tokenize(tokenizer, config, max_length, texts, where):
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
     usual, held = sum(map(special.__contains__, added)), 0
     ids, type_ids, lengths, cut = array("i"), array("B"), array("q"), 0  # grow in place: nothing is in memory twice
-    options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     for chunk in texts.iter(10_000):
         columns = list(chunk.values())
         if pairs and tokenizer.is_fast:  # alone, a text and an empty one make no pair
             columns = [[(first, second) if second else first for first, second in zip(*columns, strict=True)]]
-        encoded = tokenizer(*columns, **options)
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
         for row, tokens in enumerate(encoded["input_ids"], len(lengths)):
             held += sum(map(special.__contains__, tokens)) > usual
             if end is not None and tokens.count(end) != max(1, added.count(end)):
                 text = f"{where}, row {row + 1}, {str([*texts[row].values()])[:80]}"
-                token = f"{tokens.count(end)} times '{tokenizer.decode(end)}', not {max(1, added.count(end))}"
-                raise UserError(f"{text}: {token}, as a {config.model_type} model needs it")
+                found = f"{tokens.count(end)} times '{tokenizer.decode(end)}'"
+                raise UserError(f"{text}: {found}, by which a {config.model_type} model finds the end")
         ids.extend(chain.from_iterable(encoded["input_ids"]))
         type_ids.extend(chain.from_iterable(encoded.get("token_type_ids", [])))
         lengths.extend(map(len, encoded["input_ids"]))
         longer = [bool(encoding.overflowing) for encoding in encoded.encodings or []]
         cut += sum(longer or [len(tokens) == max_length for tokens in encoded["input_ids"]])  # Python's do not tell
-    lengths = torch.frombuffer(lengths, dtype=torch.int64)
     typed = type_ids and (np.any(type_ids) or not hasattr(config, "type_vocab_size"))  # GPT-2 takes 0 for a word
-    return Tokens(
-        ids=torch.frombuffer(ids, dtype=torch.int32),
-        type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if typed else None,
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        lengths=lengths,
-        pad_id=config.pad_token_id,
-        pad_left=getattr(config, "summary_type", None) == "last",
-        max_length=max_length,
-        cut=cut,
-        special=held,
-    )
+    type_ids = torch.frombuffer(type_ids, dtype=torch.uint8) if typed else None
+    ids, lengths = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    pad_left = getattr(config, "summary_type", None) == "last"
+    return Tokens(ids, type_ids, offsets, lengths, config.pad_token_id, pad_left, max_length, cut, held)
 
 
 @dataclass
@@ -854,7 +828,7 @@ def load_model(model_id, classes=None, seed=0):
     try:
         config = load_config(folder)
         config.return_dict = True
-        own = [str(name) for _, name in sorted(config.id2label.items())]
+        own = class_names(config)
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -950,8 +924,7 @@ def save_tokenizer(tokenizer, folder):
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder, save_jinja_files=False)  # several chat templates would be a folder
     path = Path(folder, "tokenizer_config.json")
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+    path.write_text(path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
 
 def keep_layers(model, count):
@@ -986,9 +959,7 @@ def keep_layers(model, count):
 
 def class_names(config):
     """A model's own class names, in the order of its outputs."""
-    names = [config.id2label.get(output) for output in range(config.num_labels)]
-    check(None not in names, f"id2label in {config.name_or_path} must begin with 0, not be {listed(config.id2label)}")
-    return [str(name) for name in names]  # JSON may hold numbers
+    return [str(name) for _, name in sorted(config.id2label.items())]  # JSON may hold numbers, and begin with 1
 
 
 def adopt_classes(teacher_names, names):
