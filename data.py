@@ -77,9 +77,8 @@ def listed(names):
 # --- Text and labels -------------------------------------------------------------------------------------------------
 
 # The text columns of well-known data sets, pairs first: QNLI's "sentence" is only half of its example.
-KNOWN_TEXT_COLUMNS = [names.split() for names in (
-    "sentence1 sentence2", "question1 question2", "premise hypothesis", "question sentence", "sentence", "text",
-)]  # fmt: skip
+KNOWN_TEXT_COLUMNS = [("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis")]
+KNOWN_TEXT_COLUMNS += [("question", "sentence"), ("sentence",), ("text",)]
 
 WHOLE = r"[-+]?\d+(\.0*)?"  # a whole number, as tables have it
 
@@ -172,9 +171,8 @@ def load_splits(
 def choose_classes(labels, answers, teacher_classes):
     """Decide the class names, in order, and the index among them of every label. Raises UserError.
 
-    The names are those of the training labels, a ClassLabel's in its order, else sorted. If training has no labels,
-    they are the names of the teacher's outputs, or those in its answers, sorted, which other splits' labels may spell
-    otherwise. In any case a teacher that is a model gives the order.
+    The names are those of the training labels, a ClassLabel's in its order, else sorted. Without training labels they
+    are the teacher's, as other splits' labels may spell them. A teacher that is a model gives the order in any case.
     """
     train = labels["train"]
     if train.names:
@@ -238,9 +236,8 @@ def read_labels(table, label_column, where, may_lack):
         return Labels([], np.full(len(table), -1), where)
     check(label_column in table.column_names, no_column(label_column, table, where))
     labels, kind = column_of(table, label_column), kind_of(table, label_column)
-    if kind == "floats":  # whole numbers may be stored so
-        with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
-            labels = labels.cast(pa.int64())
+    with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
+        labels = labels.cast(pa.int64()) if kind == "floats" else labels  # whole numbers may be stored so
     fits = kind in ("text", "integers", "booleans", "floats")
     check(fits, f"the labels in {where} are {kind}, not one integer or string per text: use --label_column")
     own = [spelled(name) for name in getattr(table.features[label_column], "names", [])]  # a ClassLabel's
@@ -646,7 +643,6 @@ def read_csv(file):
 
 
 def bad_line(file, parse):
-    """The number of the first line that parse() refuses."""
     for number, line in enumerate(file.open("rb"), 1):
         try:
             parse(line.strip() or b"0")
@@ -694,9 +690,8 @@ def tokenize(tokenizer, config, max_length, texts, where):
         for row, tokens in enumerate(encoded["input_ids"], len(lengths)):
             held += sum(map(special.__contains__, tokens)) > usual
             if end is not None and tokens.count(end) != max(1, added.count(end)):
-                text = f"{where}, row {row + 1}, {str([*texts[row].values()])[:80]}"
-                found = f"{tokens.count(end)} times '{tokenizer.decode(end)}'"
-                raise UserError(f"{text}: {found}, by which a {config.model_type} model finds the end")
+                found = f"{where}, row {row + 1}, {str([*texts[row].values()])[:80]}: {tokens.count(end)} times"
+                raise UserError(f"{found} '{tokenizer.decode(end)}', by which {config.model_type} finds the end")
         ids.extend(chain.from_iterable(encoded["input_ids"]))
         type_ids.extend(chain.from_iterable(encoded.get("token_type_ids", [])))
         lengths.extend(map(len, encoded["input_ids"]))
