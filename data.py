@@ -593,9 +593,7 @@ def read_files(files, how, split_name, name):
 
 
 def why_unreadable(error, files, path, kind):
-    cause = error
-    while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
-        cause = cause.__cause__
+    cause = error.__cause__ or error  # "An error occurred while generating the dataset" hides the reason
     reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts anew in every 10 MB of JSON
     if isinstance(error, UserError):
         return reason
@@ -603,8 +601,8 @@ def why_unreadable(error, files, path, kind):
         line = file.suffix.lower() == ".jsonl" and bad_line(file, read_json)
         if line:
             return f"line {line} of {file.name} is not JSON, or holds half an emoji"
-    usual = f"; check --{kind}_id, --{kind}_config and the splits; offline, give a local folder or file, or try --demo"
-    return reason + (remedy(reason, path) or usual)
+    offline = "" if path.exists() else "; offline, give a local folder or file, or try --demo"
+    return reason + (remedy(reason, path) or f"; check --{kind}_id, --{kind}_config and the splits{offline}")
 
 
 def remedy(reason, path):

@@ -944,7 +944,7 @@ def test_refuses_training_data(write_csv, rows, message):
         ("pandas.json", '{"text": {"0":"a","1":"b"}, "label": {"0":0,"1":1}}', "column 'text' .* holds objects, not"),
         ("bodies.jsonl", '{"body":"a"}\n{"body":"b"}\n', "no column 'label', only body: use"),
         ("several.jsonl", '{"text":"a","label":["x"]}\n{"text":"b","label":["x","y"]}\n', "are lists, not one integer"),
-        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers|number to string;"),
+        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not one integer|number to string;"),
         ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
         ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
         ("floats.jsonl", '{"text":"a","label":0.5}\n{"text":"b","label":1}\n', "floats: .* not regression"),
