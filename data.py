@@ -558,7 +558,7 @@ def find_files(path, dataset_config, name):
         unpacked = builder.name != "csv" or all(file.suffix.lower() in (".csv", ".tsv") for file in files)
         check(unpacked, "csv files are found by their names, such as train.csv: unpack or rename")
     names, others = ([os.path.relpath(file, path) for file in its] for its in (files, others))
-    if others or len(names) > 1:
+    if others or files[0].stem.lower() not in stems:
         print(f"split '{name}' of {path} is {listed(names)}" + (f"; left out: {listed(others)}" if others else ""))
     check_shards(path, names)
     return files, how
