@@ -196,6 +196,8 @@ def label_ids(labels, index):
         row = (ids == -1).argmax()
         name = f"'{names[places[row]]}'" + " (hidden, as in GLUE's test splits)" * (names[places[row]] == "-1")
         raise UserError(f"label {name} in {where}, row {row + 1}, does not occur in training: {listed(index)}")
+    alike = len(np.unique(ids[ids != NO_LABEL])) == 1 and f"every label in {where} is '{names[max(places)]}'"
+    check(not alike, f"{alike}: shuffle the file before it is cut into splits")
     return torch.from_numpy(ids)
 
 
@@ -536,7 +538,7 @@ def find_files(path, dataset_config, name):
     """A local split's files, of exactly its name or else those that datasets takes, and how that is to read them."""
     if path.is_file():
         check(path.suffix.lower() in FORMATS, f"the formats are {', '.join(FORMATS)}")
-        check(not dataset_config, "a file has no configurations: leave out --dataset_config")
+        check(not dataset_config, "a file has no configurations: leave them out")
         check(name == "train", f"Unknown split '{name}': a file is one split, train; cut it, as in 'train[:90%]'")
         return [path], {"path": FORMATS[path.suffix.lower()], "data_files": {name: glob.escape(str(path))}}
     path = path.resolve()  # as datasets names files
@@ -841,8 +843,9 @@ def load_model(model_id, classes=None, seed=0):
         hint = remedy(reason, Path(folder)) or ("" if here else "; no local folder has that name; offline, try --demo")
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
-    unnamed = own == [f"LABEL_{output}" for output in range(len(own))]
-    other = classes and not unnamed and [*map(folded, own)] != [*map(folded, classes)]
+    ours, theirs = [*map(folded, classes or own)], [*map(folded, own)]
+    numbered = any(all(re.fullmatch(r"(label_)?\d+", name) for name in names) for names in (ours, theirs))
+    other = ours != theirs and (not numbered or sorted(ours) == sorted(theirs))  # numbers are names in the same order
     if other or (classes and report["mismatched_keys"]):
         print(f"{model_id} has other classes, or these in another order ({listed(own)}): its head is new")
     if other and not report["mismatched_keys"]:  # to learn another order takes longer than to start anew
