@@ -108,6 +108,7 @@ class Config:
 
     def __post_init__(self):
         unlabeled = self.unlabeled_id is not None
+        self.uses_teacher = self.alpha < 1 or self.n_trials > 0  # in training; a search sets alpha itself
         check(self.uses_teacher or not unlabeled, "--alpha 1 leaves out the teacher, who is to label --unlabeled_id")
         check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
@@ -128,21 +129,10 @@ class Config:
         elsewhere = "/opt/ml/checkpoints" if job else self.output_dir
         self.checkpoint_dir = os.path.expanduser(self.checkpoint_dir or elsewhere)
         self.checkpoint = Path(self.checkpoint_dir, "checkpoint.pt")
-
-    @property
-    def has_teacher(self):
-        """Whether there is one, a model or a column of its answers: none where the run makes a teacher."""
-        return bool(self.teacher_id or self.teacher_column)
-
-    @property
-    def uses_teacher(self):
-        """Whether the teacher has a part in what the student learns."""
-        return self.alpha < 1 or self.n_trials > 0
-
-    @property
-    def finished_teacher(self):
-        """What the teacher is loaded from: teacher_id, or the folder of --teacher_epochs."""
-        return str(Path(self.checkpoint_dir, "teacher")) if self.teacher_epochs else self.teacher_id
+        # Who teaches: a column of answers, or a model, given or made by --teacher_epochs; nobody in its own run.
+        self.teacher = f"column {','.join(self.teacher_column)}" if self.teacher_column else self.teacher_id
+        if self.teacher_epochs:
+            self.teacher = str(Path(self.checkpoint_dir, "teacher"))
 
 
 # The defaults under --demo; flags given beside it take precedence.
@@ -165,7 +155,7 @@ def run(args, device):
     args = settle(args, splits)  # --temperature and --best_by, where the data decides
     scored = {role: split for role, split in splits.items() if role != "train"}
     identity = identity_of(args, task)  # what must be equal for a killed run to be continued
-    if not args.has_teacher and from_rank0(lambda: is_finished(args, identity)):
+    if not args.teacher and from_rank0(lambda: is_finished(args, identity)):
         return
     checkpoint = from_rank0(lambda: read(args.checkpoint))  # of a killed run; else None
     check_same_command(args, checkpoint, identity)
@@ -179,11 +169,10 @@ def run(args, device):
         if args.uses_teacher and not args.cache_teacher:
             live_teacher = make_live_teacher(args, task)
         task.teacher = task.teacher_tokens = None  # frees memory, unless live_teacher needs them
-    if args.has_teacher:
-        for role, split in scored.items():
-            if split.teacher_logits is not None:  # a column of answers need not be in every file
-                record(results, "teacher", role, split, split.teacher_logits)
-        report_teacher(results["teacher"], splits, task.class_names)
+    for role, split in scored.items():
+        if split.teacher_logits is not None:  # a column of answers need not be in every file
+            record(results, "teacher", role, split, split.teacher_logits)
+    report_teacher(results["teacher"], splits, task.class_names)
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
     if args.n_trials:
@@ -226,7 +215,7 @@ def fine_tune_teacher(args, device):
     changes |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
     changes |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
     changes |= {"best_by": "accuracy"} if args.best_by == "agreement" else {}
-    run(replace(args, **changes, output_dir=args.finished_teacher, checkpoint_dir=args.finished_teacher), device)
+    run(replace(args, **changes, output_dir=args.teacher, checkpoint_dir=args.teacher), device)
 
 
 # --- The teacher's labels, and scores --------------------------------------------------------------------------------
@@ -578,9 +567,9 @@ def read_task(args):
     """Read data and models and check that they fit each other. Returns a Task; raises UserError."""
     teacher = teacher_tokenizer = teacher_classes = None
     if args.teacher_id is not None:
-        teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
+        teacher, teacher_tokenizer = data.load_model(args.teacher)
         teacher_classes = data.class_names(teacher.config)
-    said = args.teacher_epochs or not args.has_teacher  # by check_before_start()
+    said = args.teacher_epochs or not args.teacher  # by check_before_start()
     with contextlib.redirect_stdout(io.StringIO() if said else sys.stdout):
         splits, class_names = read_splits(args, teacher_classes)
     student, student_tokenizer = read_student(args, class_names)
@@ -630,8 +619,7 @@ def read_splits(args, teacher_classes=None):
 
 def read_student(args, class_names):
     """The student before training, and its tokenizer."""
-    from_teacher = args.student_id == "teacher" and args.has_teacher
-    student_id = args.finished_teacher if from_teacher else args.student_id
+    student_id = (args.student_id == "teacher" and args.teacher) or args.student_id
     student, tokenizer = data.load_model(student_id, class_names, args.seed)
     return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
 
@@ -732,7 +720,8 @@ def describe_run(args, task, identity):
     modules, labels = (torch, transformers, datasets, huggingface_hub), task.splits["train"].labels
     counts = labels[labels != NO_LABEL].bincount(minlength=len(task.class_names)).tolist()
     examples = {role: len(split.labels) for role, split in task.splits.items()}
-    results = {
+    return {
+        "teacher": {"model": args.teacher, "parameters": task.teacher and task.teacher.num_parameters()},
         "student": {"model": args.output_dir, "parameters": task.student.num_parameters()},
         "seconds": {},
         "classes": task.class_names,
@@ -746,10 +735,6 @@ def describe_run(args, task, identity):
         "identity": identity,
         "search": [],
     }
-    if not args.has_teacher:
-        return results
-    model = args.finished_teacher or f"column {','.join(args.teacher_column)}"
-    return {"teacher": {"model": model, "parameters": task.teacher and task.teacher.num_parameters()}, **results}
 
 
 def record(results, who, role, split, logits, teacher_logits=None):
@@ -762,7 +747,7 @@ def record(results, who, role, split, logits, teacher_logits=None):
 def finish(args, results):
     """Write results.json and, unless a teacher was made, report(); then the checkpoint has done its work."""
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
-    if args.has_teacher:
+    if args.teacher:
         report(args, results)
     args.checkpoint.unlink(missing_ok=True)
 
@@ -1312,7 +1297,7 @@ def check_before_start(args, device, held):
     for module in filter(needed.get, needed):
         with as_user_error(f"these flags need a package, pip install {module}"):
             importlib.import_module(module)
-    written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
+    written = [args.output_dir, args.teacher] if args.teacher_epochs else [args.output_dir]
     for source in {args.teacher_id, args.student_id} - {None, "demo", "teacher"}:
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")
