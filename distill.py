@@ -439,23 +439,19 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
+    # What a checkpoint holds: these values, and the state of these parts.
+    VALUES = ("step", "seconds", "epoch_loss", "best_scores", "best_weights")
+    PARTS = ("model", "optimizer", "scaler")
+
     def state_dict(self):
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "epoch_loss": self.epoch_loss,
-            "best_scores": self.best_scores,
-            "best_weights": self.best_weights,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        values = {name: getattr(self, name) for name in self.VALUES}
+        return values | {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state):
-        for name in ("step", "seconds", "epoch_loss", "best_scores", "best_weights"):
+        for name in self.VALUES:
             setattr(self, name, state[name])
-        for part in ("model", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
 
     def keep_if_best(self, scores, best_by):
         """Whether an epoch's scores are better than all before; the weights are then kept."""
