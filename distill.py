@@ -313,11 +313,15 @@ def predict(model, tokens, precision, bar=None):
 
 
 def score(logits, labels, teacher_logits=None):
-    """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, agreement with it."""
+    """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, agreement with it.
+
+    Macro-F1 is the mean of F1 = 2 TP / (2 TP + FP + FN) over the classes in answers or labels, as scikit-learn has it.
+    """
     answers, scores = logits.argmax(-1), {}
     if NO_LABEL not in labels:
+        right, answered, count = count_by_class(logits, labels)
         scores["accuracy"] = (answers == labels).double().mean().item()
-        scores["macro_f1"] = macro_f1(answers, labels)
+        scores["macro_f1"] = (2 * right.double() / (answered + count)).nanmean().item()
         scores["loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
     elif teacher_logits is not None:  # where there are no labels, the loss is that against the teacher
         scores["loss"] = torch.nn.functional.cross_entropy(logits, teacher_logits.softmax(-1)).item()
@@ -326,21 +330,11 @@ def score(logits, labels, teacher_logits=None):
     return scores
 
 
-def macro_f1(answers, labels):
-    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes in answers or labels ([N]), as scikit-learn has it."""
-    counts = torch.cat([answers, labels]).bincount()  # of each class: 2 TP + FP + FN
-    right = answers[answers == labels].bincount(minlength=len(counts))
-    return (2 * right.double() / counts)[counts > 0].mean().item()
-
-
-def score_classes(logits, labels, class_names):
-    """By class name: precision (None without an answer), recall (None without a label) and count of labels."""
-    answers, scores = logits.argmax(-1), {}
-    lists = [its.bincount(minlength=len(class_names)) for its in (answers[answers == labels], answers, labels)]
-    for name, right, answered, count in zip(class_names, *map(torch.Tensor.tolist, lists), strict=True):
-        scores[name] = {"precision": right / answered if answered else None}
-        scores[name] |= {"recall": right / count if count else None, "count": count}
-    return scores
+def count_by_class(logits, labels):
+    """Of each class: how many answers are right, how many answers and how many labels there are, [3, C]."""
+    answers = logits.argmax(-1)
+    parts = (answers[answers == labels], answers, labels)
+    return torch.stack([part.bincount(minlength=logits.shape[-1]) for part in parts])
 
 
 def evaluate(model, examples, precision):
@@ -734,10 +728,14 @@ def describe_run(args, task, identity):
 
 
 def record(results, who, role, split, logits, teacher_logits=None):
-    """Put a model's scores on a split into the results: score(), and each class's where there are labels."""
+    """Put a model's scores on a split into the results: score() and, with labels, each class's (None for 0 / 0)."""
     results[who] |= {f"{role}_{name}": value for name, value in score(logits, split.labels, teacher_logits).items()}
     if NO_LABEL not in split.labels:
-        results["by_class"][who][role] = score_classes(logits, split.labels, results["classes"])
+        scores, counts = {}, count_by_class(logits, split.labels).tolist()
+        for name, right, answered, count in zip(results["classes"], *counts, strict=True):
+            scores[name] = {"precision": right / answered if answered else None}
+            scores[name] |= {"recall": right / count if count else None, "count": count}
+        results["by_class"][who][role] = scores
 
 
 def finish(args, results):

@@ -356,8 +356,9 @@ def test_attention_gets_a_mask_that_it_need_not_convert(save_tiny, monkeypatch):
 def test_macro_f1():
     # F1 of classes 0, 1, 2, 4 by hand: 4/5, 2/5, 0, 0. Class 3 occurs nowhere and does not count.
     answers, labels = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 0, 1, 0, 4, 1])
-    assert distill.macro_f1(answers, labels) == pytest.approx((4 / 5 + 2 / 5 + 0 + 0) / 4, rel=1e-12)
-    assert distill.macro_f1(labels, labels) == 1
+    for its, f1 in ((answers, (4 / 5 + 2 / 5 + 0 + 0) / 4), (labels, 1)):
+        logits = torch.nn.functional.one_hot(its, 6).float()
+        assert distill.score(logits, labels)["macro_f1"] == pytest.approx(f1, rel=1e-12)
 
 
 def test_a_teacher_in_another_order_gives_the_same_student(command, save_tiny):
@@ -865,6 +866,10 @@ def test_a_run_leaves_what_the_design_says(command, capfd, reviews):
     assert {"eval_agreement", "test_agreement", "eval_macro_f1", "test_macro_f1"} <= saved["student"].keys()
     assert saved["arguments"]["alpha"] == 0.5 and saved["versions"]["torch"] == torch.__version__
     assert saved["examples"] == {"train": 101, "eval": 53, "test": 29, "unlabeled": 0} and saved["search"] == []
+    by_class = saved["by_class"]["student"]["test"]
+    assert list(by_class) == ["negative", "positive"] and sum(its["count"] for its in by_class.values()) == 29
+    found = sum((its["recall"] or 0) * its["count"] for its in by_class.values())
+    assert found / 29 == pytest.approx(saved["student"]["test_accuracy"])
 
     rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl", encoding="utf-8")]
     assert [(row["step"], row["epoch"]) for row in rows] == [
