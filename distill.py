@@ -233,13 +233,8 @@ class Examples:
     """A split as a model sees it."""
 
     tokens: data.Tokens
-    labels: torch.Tensor  # [N] int64; NO_LABEL where there is none
+    labels: torch.Tensor  # [N] int64; NO_LABEL where there is none: in eval and test all have one, or none has
     teacher_logits: torch.Tensor | None = None  # [N, C] float32
-
-    @property
-    def labeled(self):
-        """How many have a label: in eval and test all, or none."""
-        return (self.labels != NO_LABEL).sum().item()
 
     def batch(self, rows):
         """Inputs, labels and teacher's logits (or None) of some rows ([B], on the host), on the device."""
@@ -813,9 +808,9 @@ def table(rows):
 
 def report_teacher(scores, splits, class_names):
     """Print the teacher's accuracy on eval, and warn if it is no better than always giving the same answer."""
-    both = (split for split in splits.values() if split.teacher_logits is not None and split.labeled)
-    split = next(both, None)  # the training split, if it has labels and answers
-    better = split and data.compare_orders(split.teacher_logits, split.labels, class_names)
+    answered = (split for split in splits.values() if split.teacher_logits is not None)
+    both = next((split for split in answered if (split.labels != NO_LABEL).any()), None)  # if it can be, of training
+    better = both and data.compare_orders(both.teacher_logits, both.labels, class_names)
     if better:
         say(better)
     if "eval_accuracy" not in scores:  # there are no labels, or no answers
@@ -1333,18 +1328,17 @@ def check_before_start(args, device, held):
 
 def settle(args, splits):
     """The flags with what the data decides: the temperature if it is not given, and --best_by."""
-    taught = args.alpha < 1 or splits["train"].labeled
+    taught = args.alpha < 1 or (splits["train"].labels != NO_LABEL).any()
     check(taught, "--alpha 1 leaves the teacher out, but the training split has no labels")
     answers = splits["train"].teacher_logits
     zeros = answers is not None and (answers == data.LOG_ZERO).any()
     if zeros and (args.temperature or 1) > 1:  # one-hot over 54 classes becomes 0.65 at T = 4
         say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1")
-    best_by = args.best_by if args.best_by == "loss" or splits["eval"].labeled else "agreement"
-    if best_by != args.best_by:
-        say("without labels the best epoch is that of most agreement with the teacher")
+    best_by = "agreement" if NO_LABEL in splits["eval"].labels and args.best_by != "loss" else args.best_by
     if best_by == "agreement" and args.teacher_column and splits["eval"].teacher_logits is None:
         best_by = "accuracy"
-        say("without answers on eval the best epoch is that of best accuracy")
+    if best_by != args.best_by:
+        say(f"eval cannot be scored by {args.best_by}: the best epoch is that of best {best_by}")
     return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
 
 

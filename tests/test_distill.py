@@ -2006,7 +2006,7 @@ def test_scored_splits_without_answers_have_no_agreement(column_command, reviews
     arguments = column_command("run", lambda split: answers(split) if split == "train" else {}, best_by="agreement")
     folder = run(arguments)
     student = results(folder)["student"]
-    assert "without answers on eval the best epoch is that of best accuracy" in capsys.readouterr().out
+    assert "eval cannot be scored by agreement: the best epoch is that of best accuracy" in capsys.readouterr().out
     assert "eval_agreement" not in student and "test_agreement" not in student and student["test_accuracy"] > 0
     assert student["eval_accuracy"] == max(row.get("eval_accuracy", 0) for row in metrics(folder))
     assert results(folder)["teacher"] == {"model": "column teacher", "parameters": None}
