@@ -116,7 +116,6 @@ class Config:
         check(self.hub_model_id or not self.hub_private, "--hub_private needs --hub_model_id")
         own_rate = self.teacher_learning_rate not in (Config.teacher_learning_rate, DEMO["teacher_learning_rate"])
         check(self.teacher_epochs or not own_rate, "--teacher_learning_rate needs --teacher_epochs")
-        check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
             flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo"

@@ -294,7 +294,6 @@ def test_sagemaker_folders(monkeypatch):
         (["--epochs", "2.5"], "--epochs: invalid int value"),
         (["--precision", "int8"], "--precision: invalid choice"),
         (["--demo", "maybe"], "--demo: must be true or false"),
-        (["--text_columns", "a,b,c"], "--text_columns: one or two"),
         (["--learn", "1"], "unrecognized arguments"),
         (["--unlabeled_split", "test"], "--unlabeled_split needs --unlabeled_id"),
         (["--hub_private"], "--hub_private needs --hub_model_id"),
