@@ -747,14 +747,9 @@ def report(args, results):
     seldom = seldom_answered(results["by_class"])
     if seldom:
         say(f"seldom or never answered on eval: {data.listed(seldom)}\n")
-    if (
-        args.alpha < 1
-        and results["examples"]["train"]
-        and not (args.unlabeled_id or args.n_trials or args.hub_model_id)
-    ):
+    needs_teacher = args.unlabeled_id or args.n_trials or args.hub_model_id or not results["examples"]["train"]
+    if args.alpha < 1 and not needs_teacher:
         say(f"the same without a teacher, to compare: --alpha 1 --output_dir {args.output_dir}-alone\n")
-    if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 1):
-        say("note: on eval the student is better than its teacher: see --teacher_epochs, or raise --alpha\n")
     if args.hub_model_id:
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
             # Not results.json, whose arguments name folders of this machine.

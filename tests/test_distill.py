@@ -491,8 +491,7 @@ def test_a_useless_teacher_is_warned_about(command, save_tiny, capsys):
     saved = results(run(command("run", teacher_id=folder)))
     said = capsys.readouterr().out
     assert "warning: the teacher is no better than that (not fine-tuned? see --teacher_epochs)" in said
-    assert saved["student"]["eval_accuracy"] > saved["teacher"]["eval_accuracy"]
-    assert "note: on eval the student is better than its teacher" in said  # and an able one is not blamed:
+    assert saved["student"]["eval_accuracy"] > saved["teacher"]["eval_accuracy"]  # and an able one is not blamed:
     able = {"eval": distill.Examples(None, torch.tensor([0, 1, 1]), torch.eye(2)[[0, 1, 1]])}
     distill.report_teacher({"eval_accuracy": 0.9}, able, ["negative", "positive"])
     assert "warning" not in capsys.readouterr().out
@@ -544,7 +543,6 @@ def test_a_sound_teacher_that_overflows_in_fp16_is_not_called_damaged(command, s
 def test_a_teacher_is_fine_tuned_first_and_found_again(command, more_text, capsys):
     flags = {"teacher_epochs": 2, "teacher_learning_rate": 1e-3, "student_id": "teacher", "student_layers": 1}
     folder = run(command("run", **flags, epochs=1, learning_rate=1e-12))
-    assert "note: on eval the student is" not in capsys.readouterr().out
     teacher, student = weights(f"{folder}/teacher"), weights(folder)
     shared = [name for name in student if "layer.0" in name or "embeddings" in name]
     assert len(shared) > 15 and not any("layer.1." in name for name in student)
