@@ -1071,20 +1071,15 @@ def process_group(device):
     except UserError:  # which all ranks have
         raise
     except Exception as error:
-        full = UserError("out of memory: lower --batch_size or --max_length") if out_of_memory(error) else None
+        # For want of memory the CPU's allocator raises a plain RuntimeError.
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            error = UserError("out of memory: lower --batch_size or --max_length")
         if world_size > 1:  # an orderly exit would wait for the other ranks, who wait for this one; torchrun ends them
-            traceback.print_exception(full or error)
-            os._exit(2 if full else 1)
-        if full:
-            raise full from error
-        raise
+            traceback.print_exception(error)
+            os._exit(2 if isinstance(error, UserError) else 1)
+        raise error
     finally:
         dist.destroy_process_group()
-
-
-def out_of_memory(error):
-    """Whether memory is what lacks: the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def on_all_ranks(model, args):
