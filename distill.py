@@ -624,9 +624,14 @@ def search(args, task, identity):
     the next one; seed and number of a trial seed its sampler. So a killed search makes the trials of an unbroken one.
     """
     import optuna  # optional: check_before_start() has seen that it is there
+    from optuna.distributions import FloatDistribution, IntDistribution
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    student, splits, space = task.student, task.splits, search_space(args)
+    # The published space; but a temperature of 1 stays, since answers of 0 are not softened.
+    space = {"epochs": IntDistribution(2, 10), "learning_rate": FloatDistribution(1e-5, 1e-3, log=True)}
+    space |= {"alpha": FloatDistribution(0, 1)}
+    space |= {"temperature": FloatDistribution(2, 30)} if args.temperature > 1 else {}
+    student, splits = task.student, task.splits
     command = {name: value for name, value in identity.items() if name not in (*space, "processes")}
     key = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
     path = Path(args.checkpoint_dir, "trials.jsonl")
@@ -653,7 +658,7 @@ def search(args, task, identity):
                     break
             state = "PRUNED" if hopeless else "COMPLETE"
         say(f"trial {number}: {state.lower()}")
-        value = sort_key(training.best_scores, args.best_by)[0] if state == "COMPLETE" else None
+        value = max(intermediate) if state == "COMPLETE" else None
         loss = training.best_scores and training.best_scores["loss"]
         outcome = {"value": value, "loss": loss, "intermediate_values": intermediate}
         trials.append({"search": key, "number": number, "state": state, **values, **outcome})
@@ -665,15 +670,6 @@ def search(args, task, identity):
     best = max(complete, key=lambda trial: (trial["value"], -trial["loss"]))
     say(f"the best trial is {best['number']}: {args.best_by} {best['value']:.4g}")
     return replace(args, **{name: best[name] for name in space}), trials
-
-
-def search_space(args):
-    """The published one; but a temperature of 1 stays, since answers of 0 are not softened."""
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    rate, alpha = FloatDistribution(1e-5, 1e-3, log=True), FloatDistribution(0, 1)
-    space = {"epochs": IntDistribution(2, 10), "learning_rate": rate, "alpha": alpha}
-    return space | ({"temperature": FloatDistribution(2, 30)} if args.temperature > 1 else {})
 
 
 def rebuild_study(trials, space, seed):
