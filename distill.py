@@ -188,7 +188,7 @@ def run(args, device):
     start = time.perf_counter() - training.seconds
     with stopping_at_a_row(training):
         for row in train(args, training, splits, live_teacher):
-            better = training.keep_if_best(eval_scores(row), args.best_by)
+            better = training.keep_if_best(row, args.best_by)
             training.seconds = time.perf_counter() - start
             from_rank0(lambda: files.add(row, better))  # noqa: B023, called at once
             if training.stop:
@@ -395,14 +395,9 @@ def step_seed(seed, step, rank):
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
 
 
-def sort_key(scores, best_by):
-    """Of epochs and trials: the larger, the better; among equals a lower loss decides."""
-    return (-scores["loss"] if best_by == "loss" else scores[best_by], -scores["loss"])
-
-
-def eval_scores(row):
-    """What an epoch's last row of metrics.jsonl says of the eval split; nothing for others."""
-    return {name.removeprefix("eval_"): row[name] for name in row if name.startswith("eval_")}
+def sort_key(row, best_by):
+    """Of epochs, by their last row of metrics.jsonl: the larger, the better; among equals a lower loss decides."""
+    return (-row["eval_loss"] if best_by == "loss" else row[f"eval_{best_by}"], -row["eval_loss"])
 
 
 @dataclass
@@ -414,7 +409,7 @@ class Training:
     step: int = 0  # steps taken: with seed and rank, this determines the next batch and its dropout
     seconds: float = 0.0  # so far, with the runs that this one continues
     epoch_loss: float = 0.0  # the sum of the losses of the epoch's steps so far, divided by all its steps
-    best_scores: dict | None = None  # on eval
+    best_row: dict | None = None  # the last row of the best epoch so far
     best_weights: dict | None = None
     sigterm: bool = False  # has come to this rank
     stop: bool = False  # at the last row it had come to some rank: now all know
@@ -428,7 +423,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
     # What a checkpoint holds: these values, and the state of these parts.
-    VALUES = ("step", "seconds", "epoch_loss", "best_scores", "best_weights")
+    VALUES = ("step", "seconds", "epoch_loss", "best_row", "best_weights")
     PARTS = ("model", "optimizer", "scaler")
 
     def state_dict(self):
@@ -441,12 +436,12 @@ class Training:
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
 
-    def keep_if_best(self, scores, best_by):
-        """Whether an epoch's scores are better than all before; the weights are then kept."""
-        best = self.best_scores
-        better = bool(scores) and (best is None or sort_key(scores, best_by) > sort_key(best, best_by))
+    def keep_if_best(self, row, best_by):
+        """Whether a row ends an epoch whose scores are better than all before; the weights are then kept."""
+        best = self.best_row
+        better = "eval_loss" in row and (best is None or sort_key(row, best_by) > sort_key(best, best_by))
         if better:
-            self.best_scores = scores
+            self.best_row = row
             self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in self.model.state_dict().items()}
         return better
 
@@ -648,10 +643,9 @@ def search(args, task, identity):
         training = Training(student, its_args)
         with contextlib.suppress(Diverged):
             for row in train(its_args, training, splits):
-                scores = eval_scores(row)
-                if scores:
-                    training.keep_if_best(scores, args.best_by)
-                    intermediate.append(sort_key(scores, args.best_by)[0])
+                if "eval_loss" in row:
+                    training.keep_if_best(row, args.best_by)
+                    intermediate.append(sort_key(row, args.best_by)[0])
                     trial.report(intermediate[-1], row["epoch"])
                     hopeless = row["epoch"] < its_args.epochs and from_rank0(trial.should_prune)
                 if hopeless:
@@ -659,7 +653,7 @@ def search(args, task, identity):
             state = "PRUNED" if hopeless else "COMPLETE"
         say(f"trial {number}: {state.lower()}")
         value = max(intermediate) if state == "COMPLETE" else None
-        loss = training.best_scores and training.best_scores["loss"]
+        loss = training.best_row and training.best_row["eval_loss"]
         outcome = {"value": value, "loss": loss, "intermediate_values": intermediate}
         trials.append({"search": key, "number": number, "state": state, **values, **outcome})
         lines.append(trials[-1])

@@ -1741,7 +1741,7 @@ def test_a_search_finds_what_its_best_trial_found(command, labeled, monkeypatch,
 
     best = best_of(trials)
     kept = [trial for trial in trials if trial["value"] == best["value"] and trial["state"] == "COMPLETE"]
-    best = min(kept, key=lambda trial: found[trial["number"]].best_scores["loss"])
+    best = min(kept, key=lambda trial: found[trial["number"]].best_row["eval_loss"])
     assert {name: saved["arguments"][name] for name in distill.SEARCHED} == params_of(best)
     trained = found[best["number"]].best_weights  # it had others before it, and left nothing behind
     assert len(found) == 8 and all(torch.equal(trained[name], found[7].best_weights[name]) for name in trained)
