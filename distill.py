@@ -808,21 +808,17 @@ def report_teacher(scores, splits, class_names):
 
 
 def write_model_card(args, results):
-    """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
+    """README.md in output_dir, with the metadata that the Hub reads: base model, data set, accuracy."""
     dataset = data.hub_id(args.dataset_id, "dataset")
     teacher = data.hub_id(args.teacher_id, "model") if args.teacher_id else None
-    source = f"a larger teacher, {teacher or 'a local model'}"
-    if args.teacher_column:
-        source = f"the answers in column '{','.join(args.teacher_column)}'"
-    public = args.dataset_id == dataset  # the demo's splits are its own
-    where = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    student, scores, kind = results["student"], [], "text-classification"
-    for role, split in (("eval", args.eval_split), ("test", args.test_split)) if public else ():
-        for score, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
-            if f"{role}_{score}" in student:
-                its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{score}"]}
-                scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
+    source = f"the answers in {args.teacher}" if args.teacher_column else f"the teacher {teacher or '(a local model)'}"
+    name, kind, scores = args.hub_model_id or Path(args.output_dir).resolve().name, "text-classification", []
+    its = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
+    for role, split in {"eval": args.eval_split, "test": args.test_split}.items():
+        accuracy = results["student"].get(f"{role}_accuracy")
+        if accuracy is not None and args.dataset_id == dataset:  # the demo's splits are its own
+            its |= {"dataset_split": split, "metric_type": "accuracy", "metric_value": accuracy}
+            scores.append(huggingface_hub.EvalResult(kind, **its))
     on_hub = huggingface_hub.ModelCardData()
     if args.hub_model_id:  # what was said there by hand stays
         with as_user_error(f"cannot read the card of {args.hub_model_id}, repeat the command to try again"):

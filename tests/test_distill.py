@@ -1102,13 +1102,9 @@ def test_the_published_command_line_and_a_push(hub, tmp_path, save_tiny, old_rep
     assert TOKEN not in pushed_text(pushed) and str(tmp_path) not in pushed_text(pushed)
     card = huggingface_hub.ModelCard.load(pushed / "README.md").data
     assert card.base_model == "google/bert_uncased_L-2_H-128_A-2" and card.datasets == ["nyu-mll/glue"]
-    scores = [(score.metric_type, score.metric_name, score.metric_value) for score in card.eval_results]
-    assert scores == [
-        ("accuracy", "accuracy", saved["student"]["eval_accuracy"]),
-        ("f1", "macro-averaged F1", saved["student"]["eval_macro_f1"]),
-    ]
-    its = {(score.dataset_type, score.dataset_config, score.dataset_split) for score in card.eval_results}
-    assert its == {("nyu-mll/glue", "sst2", "validation")}
+    [score] = card.eval_results
+    assert (score.metric_type, score.metric_value) == ("accuracy", saved["student"]["eval_accuracy"])
+    assert (score.dataset_type, score.dataset_config, score.dataset_split) == ("nyu-mll/glue", "sst2", "validation")
 
     hidden = start_anew([words[0], "--test_split", "test", "--output_dir", "third"], cwd=tmp_path, **environment)
     assert hidden.returncode == 2 and "hidden, as in GLUE's test splits" in hidden.stderr
@@ -1918,7 +1914,7 @@ def test_a_column_of_a_teachers_logits_trains_the_very_same_student(command, col
     assert results(model)["student"] == {**results(column)["student"], "model": model}
     assert results(column)["arguments"]["temperature"] == 4.0 and "labeling" not in results(column)["seconds"]
     card = Path(column, "README.md").read_text(encoding="utf-8")
-    assert "from the answers in column 'teacher'" in " ".join(card.split())
+    assert "from the answers in column teacher," in " ".join(card.split())
     assert re.search(r"\| parameters     \| +\| +[\d,]+ \|", card)  # of a column none are known
     assert metrics(column) != metrics(run(column_command("softer", cells, temperature=8)))
 
