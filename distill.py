@@ -47,7 +47,7 @@ from losses import NO_LABEL, distillation_loss
 
 
 def flag(default, help, **rules):
-    """A field of a Config. Rules for its value: at_least, above, at_most, choices, metavar."""
+    """A field of a Config. Rules for its value: at_least, above, at_most, choices."""
     return field(default=default, metadata={"help": help, **rules})
 
 
@@ -551,7 +551,7 @@ def read_task(args):
     said = args.teacher_epochs or not args.teacher  # by check_before_start()
     with contextlib.redirect_stdout(io.StringIO() if said else sys.stdout):
         splits, class_names = read_splits(args, teacher_classes)
-    student, student_tokenizer = read_student(args, class_names)
+    student, student_tokenizer = read_student(args, args.teacher, class_names)
     smallest = len(splits["train"]) // math.ceil(len(splits["train"]) / args.batch_size)  # of the batches
     processes = dist.get_world_size()
     check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
@@ -596,9 +596,9 @@ def read_splits(args, teacher_classes=None):
     return splits, class_names
 
 
-def read_student(args, class_names):
-    """The student before training, and its tokenizer."""
-    student_id = (args.student_id == "teacher" and args.teacher) or args.student_id
+def read_student(args, teacher, class_names):
+    """The student before training, and its tokenizer. `teacher` is what the word stands for, if for anything."""
+    student_id = (args.student_id == "teacher" and teacher) or args.student_id
     student, tokenizer = data.load_model(student_id, class_names, args.seed)
     return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
 
@@ -1224,7 +1224,7 @@ def parse_args(argv=None, config=Config, demo=DEMO):
     group = parser
     for option in fields(config):
         rules, default = option.metadata, option.default
-        more = {"type": option.type, "choices": rules.get("choices"), "metavar": rules.get("metavar")}
+        more = {"type": option.type, "choices": rules.get("choices")}
         if option.type is bool:  # stands alone, or has a value, as SageMaker gives to every flag
             more |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
         elif option.type is list:
@@ -1241,9 +1241,8 @@ def parse_args(argv=None, config=Config, demo=DEMO):
         args = parser.parse_args(argv)
     with errors_as_lines():
         for option in fields(config):
-            value = getattr(args, option.name)
             for rule, holds in RULES.items():
-                bound = option.metadata.get(rule)
+                value, bound = getattr(args, option.name), option.metadata.get(rule)
                 fits = value is None or bound is None or holds(value, bound)
                 check(fits, f"argument --{option.name}: must be {rule.replace('_', ' ')} {bound}, not {value}")
         return config(**vars(args))
@@ -1287,10 +1286,8 @@ def check_before_start(args, device, held):
     if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
         flags = {name: value for name, value in asdict(args).items() if value is not None and name not in IRRELEVANT}
         check_same_command(args, read(args.checkpoint), flags)
-        read_splits(args)
-        unmade = replace(args, teacher_epochs=0, teacher_learning_rate=Config.teacher_learning_rate)
-        with contextlib.redirect_stdout(io.StringIO()):
-            read_student(unmade, ["0", "1"])
+        _, class_names = read_splits(args)
+        read_student(args, args.teacher_id, class_names)
     if not args.hub_model_id:
         return None
     with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
