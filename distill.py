@@ -555,13 +555,11 @@ def read_task(args):
     smallest = len(splits["train"]) // math.ceil(len(splits["train"]) / args.batch_size)  # of the batches
     processes = dist.get_world_size()
     check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
-    limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
-    limits |= {"the teacher": teacher_tokenizer.model_max_length} if teacher else {}
-    limit = min(limits, key=limits.get)
-    student_tokenizer.model_max_length = limits[limit]  # so it is served as it was trained
+    own = [tokenizer.model_max_length for tokenizer in (student_tokenizer, teacher_tokenizer) if tokenizer]
+    limit = student_tokenizer.model_max_length = min(args.max_length, *own)  # so it is served as it was trained
 
     def tokenized(who, model, tokenizer):
-        how = (tokenizer, model.config, limits[limit])
+        how = (tokenizer, model.config, limit)
         its = {role: data.tokenize(*how, split.texts, role) for role, split in splits.items()}
         special = [f"{tokens.special:,} of {len(tokens):,} {role}" for role, tokens in its.items() if tokens.special]
         if special:
@@ -572,7 +570,7 @@ def read_task(args):
     teacher_tokens = tokenized("teacher", teacher, teacher_tokenizer) if teacher else {}
     cut = [f"{its.cut:,} of {len(its):,} {role}" for role, its in tokens.items() if its.cut]
     if cut:
-        say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
+        say(f"texts cut at {limit} tokens, the least of --max_length and the models' limits: {', '.join(cut)}")
     examples = {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
     return Task(class_names, examples, student, student_tokenizer, teacher, teacher_tokens)
 
