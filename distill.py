@@ -213,7 +213,6 @@ def fine_tune_teacher(args, device):
     changes = {name: getattr(Config, name) for name in reset}  # the student's flags have no part in it
     changes |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
     changes |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
-    changes |= {"best_by": "accuracy"} if args.best_by == "agreement" else {}
     run(replace(args, **changes, output_dir=args.teacher, checkpoint_dir=args.teacher), device)
 
 
@@ -559,8 +558,7 @@ def read_task(args):
     limit = student_tokenizer.model_max_length = min(args.max_length, *own)  # so it is served as it was trained
 
     def tokenized(who, model, tokenizer):
-        how = (tokenizer, model.config, limit)
-        its = {role: data.tokenize(*how, split.texts, role) for role, split in splits.items()}
+        its = {role: data.tokenize(tokenizer, model.config, limit, split.texts, role) for role, split in splits.items()}
         special = [f"{tokens.special:,} of {len(tokens):,} {role}" for role, tokens in its.items() if tokens.special]
         if special:
             say(f"texts that hold special tokens of the {who}: {', '.join(special)}")
@@ -742,8 +740,7 @@ def report(args, results):
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
             # Not results.json, whose arguments name folders of this machine.
             pushed = [*read(Path(args.output_dir, MODEL_FILES)), "README.md", "metrics.jsonl"]
-            where = {"repo_id": args.hub_model_id, "folder_path": args.output_dir}
-            huggingface_hub.HfApi().upload_folder(**where, allow_patterns=pushed)
+            huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=pushed)
         say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
 
@@ -885,8 +882,7 @@ class RunFiles:
             save_model(self.args.output_dir, self.training.model, self.tokenizer)
         if ended or self.training.stop or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
             rows = self.metrics.read_text(encoding="utf-8")  # a run that goes on elsewhere finds no such file
-            state = {"identity": self.identity, "metrics": rows, **self.training.state_dict()}
-            write(state, self.args.checkpoint)
+            write({"identity": self.identity, "metrics": rows, **self.training.state_dict()}, self.args.checkpoint)
             self.saved = time.monotonic()
 
 
@@ -1305,7 +1301,7 @@ def settle(args, splits):
     if zeros and (args.temperature or 1) > 1:  # one-hot over 54 classes becomes 0.65 at T = 4
         say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1")
     best_by = "agreement" if NO_LABEL in splits["eval"].labels and args.best_by != "loss" else args.best_by
-    if best_by == "agreement" and args.teacher_column and splits["eval"].teacher_logits is None:
+    if best_by == "agreement" and args.teacher_id is None and splits["eval"].teacher_logits is None:
         best_by = "accuracy"
     if best_by != args.best_by:
         say(f"eval cannot be scored by {args.best_by}: the best epoch is that of best {best_by}")
