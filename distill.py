@@ -306,15 +306,13 @@ def predict(model, tokens, precision, bar=None):
 
 
 def score(logits, labels, teacher_logits=None):
-    """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, agreement with it.
-
-    Macro-F1 is the mean of F1 = 2 TP / (2 TP + FP + FN) over the classes in answers or labels, as scikit-learn has it.
-    """
+    """Accuracy, macro-F1 (as in scikit-learn), mean cross-entropy and, with the teacher's logits, agreement with it."""
     answers, scores = logits.argmax(-1), {}
     if NO_LABEL not in labels:
         right, answered, count = count_by_class(logits, labels)
         scores["accuracy"] = (answers == labels).double().mean().item()
-        scores["macro_f1"] = (2 * right.double() / (answered + count)).nanmean().item()
+        f1 = 2 * right.double() / (answered + count)  # 2 TP / (2 TP + FP + FN), NaN for a class that occurs nowhere
+        scores["macro_f1"] = f1.nanmean().item()
         scores["loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
     elif teacher_logits is not None:  # where there are no labels, the loss is that against the teacher
         scores["loss"] = torch.nn.functional.cross_entropy(logits, teacher_logits.softmax(-1)).item()
