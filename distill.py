@@ -677,10 +677,8 @@ def rebuild_study(trials, space, seed):
 # --- Results, checkpoints and other files ----------------------------------------------------------------------------
 
 # In these flags a command that continues a run may differ.
-IRRELEVANT = (
-    "output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "hub_model_id", "hub_private",
-    "hf_token_secret", "n_trials",
-)  # fmt: skip
+IRRELEVANT = ("output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "n_trials")
+IRRELEVANT += ("hub_model_id", "hub_private", "hf_token_secret")
 
 
 def describe_run(args, task, identity):
