@@ -360,6 +360,15 @@ def test_macro_f1():
         assert distill.score(logits, labels)["macro_f1"] == pytest.approx(f1, rel=1e-12)
 
 
+def test_classes_that_a_student_seldom_answers():
+    def scores(**recalls):
+        return {"eval": {name: {"precision": r or None, "recall": r, "count": 9} for name, r in recalls.items()}}
+
+    by_class = {"train": {"a": 9, "b": 9, "c": 7500}, "teacher": scores(a=0.8, b=0.8, c=0.0)}
+    by_class["student"] = scores(a=0.4, b=0.3, c=0.0)
+    assert distill.seldom_answered(by_class) == ["b (9 training examples)", "c (7,500 training examples)"]
+
+
 def test_a_teacher_in_another_order_gives_the_same_student(command, save_tiny):
     """Labels move, by name: flip teacher's and student's classes, and nothing may change but the student's order."""
     plain = run(command("plain", teacher_id=save_tiny("t1", seed=7)))
