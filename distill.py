@@ -47,7 +47,7 @@ from losses import NO_LABEL, distillation_loss
 
 
 def flag(default, help, **rules):
-    """A field of a Config. Rules for its value: at_least, above, at_most, choices, metavar."""
+    """A field of a Config. Rules for its value: at_least, above, at_most, choices."""
     return field(default=default, metadata={"help": help, **rules})
 
 
@@ -108,6 +108,7 @@ class Config:
 
     def __post_init__(self):
         unlabeled = self.unlabeled_id is not None
+        self.uses_teacher = self.alpha < 1 or self.n_trials > 0  # in training; a search sets alpha itself
         check(self.uses_teacher or not unlabeled, "--alpha 1 leaves out the teacher, who is to label --unlabeled_id")
         check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
         check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
@@ -115,7 +116,6 @@ class Config:
         check(self.hub_model_id or not self.hub_private, "--hub_private needs --hub_model_id")
         own_rate = self.teacher_learning_rate not in (Config.teacher_learning_rate, DEMO["teacher_learning_rate"])
         check(self.teacher_epochs or not own_rate, "--teacher_learning_rate needs --teacher_epochs")
-        check(len(self.text_columns or []) <= 2, "--text_columns: one or two column names")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
             flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo"
@@ -128,21 +128,10 @@ class Config:
         elsewhere = "/opt/ml/checkpoints" if job else self.output_dir
         self.checkpoint_dir = os.path.expanduser(self.checkpoint_dir or elsewhere)
         self.checkpoint = Path(self.checkpoint_dir, "checkpoint.pt")
-
-    @property
-    def has_teacher(self):
-        """Whether there is one, a model or a column of its answers: none where the run makes a teacher."""
-        return bool(self.teacher_id or self.teacher_column)
-
-    @property
-    def uses_teacher(self):
-        """Whether the teacher has a part in what the student learns."""
-        return self.alpha < 1 or self.n_trials > 0
-
-    @property
-    def finished_teacher(self):
-        """What the teacher is loaded from: teacher_id, or the folder of --teacher_epochs."""
-        return str(Path(self.checkpoint_dir, "teacher")) if self.teacher_epochs else self.teacher_id
+        # Who teaches: a column of answers, or a model, given or made by --teacher_epochs; nobody in its own run.
+        self.teacher = f"column {','.join(self.teacher_column)}" if self.teacher_column else self.teacher_id
+        if self.teacher_epochs:
+            self.teacher = str(Path(self.checkpoint_dir, "teacher"))
 
 
 # The defaults under --demo; flags given beside it take precedence.
@@ -165,7 +154,7 @@ def run(args, device):
     args = settle(args, splits)  # --temperature and --best_by, where the data decides
     scored = {role: split for role, split in splits.items() if role != "train"}
     identity = identity_of(args, task)  # what must be equal for a killed run to be continued
-    if not args.has_teacher and from_rank0(lambda: is_finished(args, identity)):
+    if not args.teacher and from_rank0(lambda: is_finished(args, identity)):
         return
     checkpoint = from_rank0(lambda: read(args.checkpoint))  # of a killed run; else None
     check_same_command(args, checkpoint, identity)
@@ -179,11 +168,10 @@ def run(args, device):
         if args.uses_teacher and not args.cache_teacher:
             live_teacher = make_live_teacher(args, task)
         task.teacher = task.teacher_tokens = None  # frees memory, unless live_teacher needs them
-    if args.has_teacher:
-        for role, split in scored.items():
-            if split.teacher_logits is not None:  # a column of answers need not be in every file
-                record(results, "teacher", role, split, split.teacher_logits)
-        report_teacher(results["teacher"], splits, task.class_names)
+    for role, split in scored.items():
+        if split.teacher_logits is not None:  # a column of answers need not be in every file
+            record(results, "teacher", role, split, split.teacher_logits)
+    report_teacher(results["teacher"], splits, task.class_names)
 
     # 3. The student is trained, after a search with the best hyperparameters that it found.
     if args.n_trials:
@@ -200,7 +188,7 @@ def run(args, device):
     start = time.perf_counter() - training.seconds
     with stopping_at_a_row(training):
         for row in train(args, training, splits, live_teacher):
-            better = training.keep_if_best(eval_scores(row), args.best_by)
+            better = training.keep_if_best(row, args.best_by)
             training.seconds = time.perf_counter() - start
             from_rank0(lambda: files.add(row, better))  # noqa: B023, called at once
             if training.stop:
@@ -225,8 +213,7 @@ def fine_tune_teacher(args, device):
     changes = {name: getattr(Config, name) for name in reset}  # the student's flags have no part in it
     changes |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
     changes |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
-    changes |= {"best_by": "accuracy"} if args.best_by == "agreement" else {}
-    run(replace(args, **changes, output_dir=args.finished_teacher, checkpoint_dir=args.finished_teacher), device)
+    run(replace(args, **changes, output_dir=args.teacher, checkpoint_dir=args.teacher), device)
 
 
 # --- The teacher's labels, and scores --------------------------------------------------------------------------------
@@ -244,13 +231,8 @@ class Examples:
     """A split as a model sees it."""
 
     tokens: data.Tokens
-    labels: torch.Tensor  # [N] int64; NO_LABEL where there is none
+    labels: torch.Tensor  # [N] int64; NO_LABEL where there is none: in eval and test all have one, or none has
     teacher_logits: torch.Tensor | None = None  # [N, C] float32
-
-    @property
-    def labeled(self):
-        """How many have a label: in eval and test all, or none."""
-        return (self.labels != NO_LABEL).sum().item()
 
     def batch(self, rows):
         """Inputs, labels and teacher's logits (or None) of some rows ([B], on the host), on the device."""
@@ -324,11 +306,13 @@ def predict(model, tokens, precision, bar=None):
 
 
 def score(logits, labels, teacher_logits=None):
-    """Accuracy, macro-F1, mean cross-entropy and, with the teacher's logits, agreement with it."""
+    """Accuracy, macro-F1 (as in scikit-learn), mean cross-entropy and, with the teacher's logits, agreement with it."""
     answers, scores = logits.argmax(-1), {}
     if NO_LABEL not in labels:
+        right, answered, count = count_by_class(logits, labels)
         scores["accuracy"] = (answers == labels).double().mean().item()
-        scores["macro_f1"] = macro_f1(answers, labels)
+        f1 = 2 * right.double() / (answered + count)  # 2 TP / (2 TP + FP + FN), NaN for a class that occurs nowhere
+        scores["macro_f1"] = f1.nanmean().item()
         scores["loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
     elif teacher_logits is not None:  # where there are no labels, the loss is that against the teacher
         scores["loss"] = torch.nn.functional.cross_entropy(logits, teacher_logits.softmax(-1)).item()
@@ -337,21 +321,11 @@ def score(logits, labels, teacher_logits=None):
     return scores
 
 
-def macro_f1(answers, labels):
-    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes in answers or labels ([N]), as scikit-learn has it."""
-    counts = torch.cat([answers, labels]).bincount()  # of each class: 2 TP + FP + FN
-    right = answers[answers == labels].bincount(minlength=len(counts))
-    return (2 * right.double() / counts)[counts > 0].mean().item()
-
-
-def score_classes(logits, labels, class_names):
-    """By class name: precision (None without an answer), recall (None without a label) and count of labels."""
-    answers, scores = logits.argmax(-1), {}
-    lists = [its.bincount(minlength=len(class_names)) for its in (answers[answers == labels], answers, labels)]
-    for name, right, answered, count in zip(class_names, *map(torch.Tensor.tolist, lists), strict=True):
-        scores[name] = {"precision": right / answered if answered else None}
-        scores[name] |= {"recall": right / count if count else None, "count": count}
-    return scores
+def count_by_class(logits, labels):
+    """Of each class: how many answers are right, how many answers and how many labels there are, [3, C]."""
+    answers = logits.argmax(-1)
+    parts = (answers[answers == labels], answers, labels)
+    return torch.stack([part.bincount(minlength=logits.shape[-1]) for part in parts])
 
 
 def evaluate(model, examples, precision):
@@ -418,14 +392,9 @@ def step_seed(seed, step, rank):
     return np.random.SeedSequence([seed, step, rank]).generate_state(1).item()
 
 
-def sort_key(scores, best_by):
-    """Of epochs and trials: the larger, the better; among equals a lower loss decides."""
-    return (-scores["loss"] if best_by == "loss" else scores[best_by], -scores["loss"])
-
-
-def eval_scores(row):
-    """What an epoch's last row of metrics.jsonl says of the eval split; nothing for others."""
-    return {name.removeprefix("eval_"): row[name] for name in row if name.startswith("eval_")}
+def sort_key(row, best_by):
+    """Of epochs, by their last row of metrics.jsonl: the larger, the better; among equals a lower loss decides."""
+    return (-row["eval_loss"] if best_by == "loss" else row[f"eval_{best_by}"], -row["eval_loss"])
 
 
 @dataclass
@@ -437,7 +406,7 @@ class Training:
     step: int = 0  # steps taken: with seed and rank, this determines the next batch and its dropout
     seconds: float = 0.0  # so far, with the runs that this one continues
     epoch_loss: float = 0.0  # the sum of the losses of the epoch's steps so far, divided by all its steps
-    best_scores: dict | None = None  # on eval
+    best_row: dict | None = None  # the last row of the best epoch so far
     best_weights: dict | None = None
     sigterm: bool = False  # has come to this rank
     stop: bool = False  # at the last row it had come to some rank: now all know
@@ -450,30 +419,26 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
+    # What a checkpoint holds: these values, and the state of these parts.
+    VALUES = ("step", "seconds", "epoch_loss", "best_row", "best_weights")
+    PARTS = ("model", "optimizer", "scaler")
+
     def state_dict(self):
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "epoch_loss": self.epoch_loss,
-            "best_scores": self.best_scores,
-            "best_weights": self.best_weights,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        values = {name: getattr(self, name) for name in self.VALUES}
+        return values | {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state):
-        for name in ("step", "seconds", "epoch_loss", "best_scores", "best_weights"):
+        for name in self.VALUES:
             setattr(self, name, state[name])
-        for part in ("model", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
 
-    def keep_if_best(self, scores, best_by):
-        """Whether an epoch's scores are better than all before; the weights are then kept."""
-        best = self.best_scores
-        better = bool(scores) and (best is None or sort_key(scores, best_by) > sort_key(best, best_by))
+    def keep_if_best(self, row, best_by):
+        """Whether a row ends an epoch whose scores are better than all before; the weights are then kept."""
+        best = self.best_row
+        better = "eval_loss" in row and (best is None or sort_key(row, best_by) > sort_key(best, best_by))
         if better:
-            self.best_scores = scores
+            self.best_row = row
             self.best_weights = {key: tensor.to("cpu", copy=True) for key, tensor in self.model.state_dict().items()}
         return better
 
@@ -578,23 +543,20 @@ def read_task(args):
     """Read data and models and check that they fit each other. Returns a Task; raises UserError."""
     teacher = teacher_tokenizer = teacher_classes = None
     if args.teacher_id is not None:
-        teacher, teacher_tokenizer = data.load_model(args.finished_teacher)
+        teacher, teacher_tokenizer = data.load_model(args.teacher)
         teacher_classes = data.class_names(teacher.config)
-    said = args.teacher_epochs or not args.has_teacher  # by check_before_start()
+    said = args.teacher_epochs or not args.teacher  # by check_before_start()
     with contextlib.redirect_stdout(io.StringIO() if said else sys.stdout):
         splits, class_names = read_splits(args, teacher_classes)
-    student, student_tokenizer = read_student(args, class_names)
+    student, student_tokenizer = read_student(args, args.teacher, class_names)
     smallest = len(splits["train"]) // math.ceil(len(splits["train"]) / args.batch_size)  # of the batches
     processes = dist.get_world_size()
     check(smallest >= processes, f"batches of {smallest} examples for {processes} processes: raise --batch_size")
-    limits = {"--max_length": args.max_length, "the student": student_tokenizer.model_max_length}
-    limits |= {"the teacher": teacher_tokenizer.model_max_length} if teacher else {}
-    limit = min(limits, key=limits.get)
-    student_tokenizer.model_max_length = limits[limit]  # so it is served as it was trained
+    own = [tokenizer.model_max_length for tokenizer in (student_tokenizer, teacher_tokenizer) if tokenizer]
+    limit = student_tokenizer.model_max_length = min(args.max_length, *own)  # so it is served as it was trained
 
     def tokenized(who, model, tokenizer):
-        how = (tokenizer, model.config, limits[limit])
-        its = {role: data.tokenize(*how, split.texts, role) for role, split in splits.items()}
+        its = {role: data.tokenize(tokenizer, model.config, limit, split.texts, role) for role, split in splits.items()}
         special = [f"{tokens.special:,} of {len(tokens):,} {role}" for role, tokens in its.items() if tokens.special]
         if special:
             say(f"texts that hold special tokens of the {who}: {', '.join(special)}")
@@ -604,7 +566,7 @@ def read_task(args):
     teacher_tokens = tokenized("teacher", teacher, teacher_tokenizer) if teacher else {}
     cut = [f"{its.cut:,} of {len(its):,} {role}" for role, its in tokens.items() if its.cut]
     if cut:
-        say(f"texts cut at {limits[limit]} tokens, by {limit}: {', '.join(cut)}")
+        say(f"texts cut at {limit} tokens, the least of --max_length and the models' limits: {', '.join(cut)}")
     examples = {role: Examples(tokens[role], split.labels, split.answers) for role, split in splits.items()}
     return Task(class_names, examples, student, student_tokenizer, teacher, teacher_tokens)
 
@@ -628,10 +590,9 @@ def read_splits(args, teacher_classes=None):
     return splits, class_names
 
 
-def read_student(args, class_names):
-    """The student before training, and its tokenizer."""
-    from_teacher = args.student_id == "teacher" and args.has_teacher
-    student_id = args.finished_teacher if from_teacher else args.student_id
+def read_student(args, teacher, class_names):
+    """The student before training, and its tokenizer. `teacher` is what the word stands for, if for anything."""
+    student_id = (args.student_id == "teacher" and teacher) or args.student_id
     student, tokenizer = data.load_model(student_id, class_names, args.seed)
     return data.keep_layers(student, args.student_layers) if args.student_layers else student, tokenizer
 
@@ -652,9 +613,14 @@ def search(args, task, identity):
     the next one; seed and number of a trial seed its sampler. So a killed search makes the trials of an unbroken one.
     """
     import optuna  # optional: check_before_start() has seen that it is there
+    from optuna.distributions import FloatDistribution, IntDistribution
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    student, splits, space = task.student, task.splits, search_space(args)
+    # The published space; but a temperature of 1 stays, since answers of 0 are not softened.
+    space = {"epochs": IntDistribution(2, 10), "learning_rate": FloatDistribution(1e-5, 1e-3, log=True)}
+    space |= {"alpha": FloatDistribution(0, 1)}
+    space |= {"temperature": FloatDistribution(2, 30)} if args.temperature > 1 else {}
+    student, splits = task.student, task.splits
     command = {name: value for name, value in identity.items() if name not in (*space, "processes")}
     key = digest(json.dumps(command), *[split.teacher_logits for split in splits.values()])
     path = Path(args.checkpoint_dir, "trials.jsonl")
@@ -671,18 +637,17 @@ def search(args, task, identity):
         training = Training(student, its_args)
         with contextlib.suppress(Diverged):
             for row in train(its_args, training, splits):
-                scores = eval_scores(row)
-                if scores:
-                    training.keep_if_best(scores, args.best_by)
-                    intermediate.append(sort_key(scores, args.best_by)[0])
+                if "eval_loss" in row:
+                    training.keep_if_best(row, args.best_by)
+                    intermediate.append(sort_key(row, args.best_by)[0])
                     trial.report(intermediate[-1], row["epoch"])
                     hopeless = row["epoch"] < its_args.epochs and from_rank0(trial.should_prune)
                 if hopeless:
                     break
             state = "PRUNED" if hopeless else "COMPLETE"
         say(f"trial {number}: {state.lower()}")
-        value = sort_key(training.best_scores, args.best_by)[0] if state == "COMPLETE" else None
-        loss = training.best_scores and training.best_scores["loss"]
+        value = max(intermediate) if state == "COMPLETE" else None
+        loss = training.best_row and training.best_row["eval_loss"]
         outcome = {"value": value, "loss": loss, "intermediate_values": intermediate}
         trials.append({"search": key, "number": number, "state": state, **values, **outcome})
         lines.append(trials[-1])
@@ -693,15 +658,6 @@ def search(args, task, identity):
     best = max(complete, key=lambda trial: (trial["value"], -trial["loss"]))
     say(f"the best trial is {best['number']}: {args.best_by} {best['value']:.4g}")
     return replace(args, **{name: best[name] for name in space}), trials
-
-
-def search_space(args):
-    """The published one; but a temperature of 1 stays, since answers of 0 are not softened."""
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    rate, alpha = FloatDistribution(1e-5, 1e-3, log=True), FloatDistribution(0, 1)
-    space = {"epochs": IntDistribution(2, 10), "learning_rate": rate, "alpha": alpha}
-    return space | ({"temperature": FloatDistribution(2, 30)} if args.temperature > 1 else {})
 
 
 def rebuild_study(trials, space, seed):
@@ -721,10 +677,8 @@ def rebuild_study(trials, space, seed):
 # --- Results, checkpoints and other files ----------------------------------------------------------------------------
 
 # In these flags a command that continues a run may differ.
-IRRELEVANT = (
-    "output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "hub_model_id", "hub_private",
-    "hf_token_secret", "n_trials",
-)  # fmt: skip
+IRRELEVANT = ("output_dir", "checkpoint_dir", "log_steps", "save_minutes", "report_to", "n_trials")
+IRRELEVANT += ("hub_model_id", "hub_private", "hf_token_secret")
 
 
 def describe_run(args, task, identity):
@@ -732,7 +686,8 @@ def describe_run(args, task, identity):
     modules, labels = (torch, transformers, datasets, huggingface_hub), task.splits["train"].labels
     counts = labels[labels != NO_LABEL].bincount(minlength=len(task.class_names)).tolist()
     examples = {role: len(split.labels) for role, split in task.splits.items()}
-    results = {
+    return {
+        "teacher": {"model": args.teacher, "parameters": task.teacher and task.teacher.num_parameters()},
         "student": {"model": args.output_dir, "parameters": task.student.num_parameters()},
         "seconds": {},
         "classes": task.class_names,
@@ -746,23 +701,23 @@ def describe_run(args, task, identity):
         "identity": identity,
         "search": [],
     }
-    if not args.has_teacher:
-        return results
-    model = args.finished_teacher or f"column {','.join(args.teacher_column)}"
-    return {"teacher": {"model": model, "parameters": task.teacher and task.teacher.num_parameters()}, **results}
 
 
 def record(results, who, role, split, logits, teacher_logits=None):
-    """Put a model's scores on a split into the results: score(), and each class's where there are labels."""
+    """Put a model's scores on a split into the results: score() and, with labels, each class's (None for 0 / 0)."""
     results[who] |= {f"{role}_{name}": value for name, value in score(logits, split.labels, teacher_logits).items()}
     if NO_LABEL not in split.labels:
-        results["by_class"][who][role] = score_classes(logits, split.labels, results["classes"])
+        scores, counts = {}, count_by_class(logits, split.labels).tolist()
+        for name, right, answered, count in zip(results["classes"], *counts, strict=True):
+            scores[name] = {"precision": right / answered if answered else None}
+            scores[name] |= {"recall": right / count if count else None, "count": count}
+        results["by_class"][who][role] = scores
 
 
 def finish(args, results):
     """Write results.json and, unless a teacher was made, report(); then the checkpoint has done its work."""
     write(json.dumps(results, indent=2), Path(args.output_dir, "results.json"))
-    if args.has_teacher:
+    if args.teacher:
         report(args, results)
     args.checkpoint.unlink(missing_ok=True)
 
@@ -774,20 +729,14 @@ def report(args, results):
     seldom = seldom_answered(results["by_class"])
     if seldom:
         say(f"seldom or never answered on eval: {data.listed(seldom)}\n")
-    if (
-        args.alpha < 1
-        and results["examples"]["train"]
-        and not (args.unlabeled_id or args.n_trials or args.hub_model_id)
-    ):
+    needs_teacher = args.unlabeled_id or args.n_trials or args.hub_model_id or not results["examples"]["train"]
+    if args.alpha < 1 and not needs_teacher:
         say(f"the same without a teacher, to compare: --alpha 1 --output_dir {args.output_dir}-alone\n")
-    if args.alpha < 1 and results["student"].get("eval_accuracy", 0) > results["teacher"].get("eval_accuracy", 1):
-        say("note: on eval the student is better than its teacher: see --teacher_epochs, or raise --alpha\n")
     if args.hub_model_id:
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
             # Not results.json, whose arguments name folders of this machine.
             pushed = [*read(Path(args.output_dir, MODEL_FILES)), "README.md", "metrics.jsonl"]
-            where = {"repo_id": args.hub_model_id, "folder_path": args.output_dir}
-            huggingface_hub.HfApi().upload_folder(**where, allow_patterns=pushed)
+            huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=pushed)
         say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
 
@@ -834,9 +783,9 @@ def table(rows):
 
 def report_teacher(scores, splits, class_names):
     """Print the teacher's accuracy on eval, and warn if it is no better than always giving the same answer."""
-    both = (split for split in splits.values() if split.teacher_logits is not None and split.labeled)
-    split = next(both, None)  # the training split, if it has labels and answers
-    better = split and data.compare_orders(split.teacher_logits, split.labels, class_names)
+    answered = (split for split in splits.values() if split.teacher_logits is not None)
+    both = next((split for split in answered if (split.labels != NO_LABEL).any()), None)  # if it can be, of training
+    better = both and data.compare_orders(both.teacher_logits, both.labels, class_names)
     if better:
         say(better)
     if "eval_accuracy" not in scores:  # there are no labels, or no answers
@@ -850,21 +799,17 @@ def report_teacher(scores, splits, class_names):
 
 
 def write_model_card(args, results):
-    """README.md in output_dir, with the metadata that the Hub reads: base model, data set, scores."""
+    """README.md in output_dir, with the metadata that the Hub reads: base model, data set, accuracy."""
     dataset = data.hub_id(args.dataset_id, "dataset")
     teacher = data.hub_id(args.teacher_id, "model") if args.teacher_id else None
-    source = f"a larger teacher, {teacher or 'a local model'}"
-    if args.teacher_column:
-        source = f"the answers in column '{','.join(args.teacher_column)}'"
-    public = args.dataset_id == dataset  # the demo's splits are its own
-    where = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    student, scores, kind = results["student"], [], "text-classification"
-    for role, split in (("eval", args.eval_split), ("test", args.test_split)) if public else ():
-        for score, metric, title in (("accuracy", "accuracy", "accuracy"), ("macro_f1", "f1", "macro-averaged F1")):
-            if f"{role}_{score}" in student:
-                its = {"metric_type": metric, "metric_name": title, "metric_value": student[f"{role}_{score}"]}
-                scores.append(huggingface_hub.EvalResult(kind, dataset_split=split, **where, **its))
+    source = f"the answers in {args.teacher}" if args.teacher_column else f"the teacher {teacher or '(a local model)'}"
+    name, kind, scores = args.hub_model_id or Path(args.output_dir).resolve().name, "text-classification", []
+    its = {"dataset_type": dataset, "dataset_name": dataset, "dataset_config": args.dataset_config}
+    for role, split in {"eval": args.eval_split, "test": args.test_split}.items():
+        accuracy = results["student"].get(f"{role}_accuracy")
+        if accuracy is not None and args.dataset_id == dataset:  # the demo's splits are its own
+            its |= {"dataset_split": split, "metric_type": "accuracy", "metric_value": accuracy}
+            scores.append(huggingface_hub.EvalResult(kind, **its))
     on_hub = huggingface_hub.ModelCardData()
     if args.hub_model_id:  # what was said there by hand stays
         with as_user_error(f"cannot read the card of {args.hub_model_id}, repeat the command to try again"):
@@ -933,8 +878,7 @@ class RunFiles:
             save_model(self.args.output_dir, self.training.model, self.tokenizer)
         if ended or self.training.stop or time.monotonic() - self.saved >= 60 * self.args.save_minutes:
             rows = self.metrics.read_text(encoding="utf-8")  # a run that goes on elsewhere finds no such file
-            state = {"identity": self.identity, "metrics": rows, **self.training.state_dict()}
-            write(state, self.args.checkpoint)
+            write({"identity": self.identity, "metrics": rows, **self.training.state_dict()}, self.args.checkpoint)
             self.saved = time.monotonic()
 
 
@@ -1103,20 +1047,15 @@ def process_group(device):
     except UserError:  # which all ranks have
         raise
     except Exception as error:
-        full = UserError("out of memory: lower --batch_size or --max_length") if out_of_memory(error) else None
+        # For want of memory the CPU's allocator raises a plain RuntimeError.
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            error = UserError("out of memory: lower --batch_size or --max_length")
         if world_size > 1:  # an orderly exit would wait for the other ranks, who wait for this one; torchrun ends them
-            traceback.print_exception(full or error)
-            os._exit(2 if full else 1)
-        if full:
-            raise full from error
-        raise
+            traceback.print_exception(error)
+            os._exit(2 if isinstance(error, UserError) else 1)
+        raise error
     finally:
         dist.destroy_process_group()
-
-
-def out_of_memory(error):
-    """Whether memory is what lacks: the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def on_all_ranks(model, args):
@@ -1275,7 +1214,7 @@ def parse_args(argv=None, config=Config, demo=DEMO):
     group = parser
     for option in fields(config):
         rules, default = option.metadata, option.default
-        more = {"type": option.type, "choices": rules.get("choices"), "metavar": rules.get("metavar")}
+        more = {"type": option.type, "choices": rules.get("choices")}
         if option.type is bool:  # stands alone, or has a value, as SageMaker gives to every flag
             more |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
         elif option.type is list:
@@ -1292,9 +1231,8 @@ def parse_args(argv=None, config=Config, demo=DEMO):
         args = parser.parse_args(argv)
     with errors_as_lines():
         for option in fields(config):
-            value = getattr(args, option.name)
             for rule, holds in RULES.items():
-                bound = option.metadata.get(rule)
+                value, bound = getattr(args, option.name), option.metadata.get(rule)
                 fits = value is None or bound is None or holds(value, bound)
                 check(fits, f"argument --{option.name}: must be {rule.replace('_', ' ')} {bound}, not {value}")
         return config(**vars(args))
@@ -1312,7 +1250,7 @@ def check_before_start(args, device, held):
     for module in filter(needed.get, needed):
         with as_user_error(f"these flags need a package, pip install {module}"):
             importlib.import_module(module)
-    written = [args.output_dir, args.finished_teacher] if args.teacher_epochs else [args.output_dir]
+    written = [args.output_dir, args.teacher] if args.teacher_epochs else [args.output_dir]
     for source in {args.teacher_id, args.student_id} - {None, "demo", "teacher"}:
         unlike = os.path.realpath(os.path.expanduser(source)) not in map(os.path.realpath, written)
         check(unlike, f"{source} would be overwritten: choose another --output_dir")
@@ -1338,10 +1276,8 @@ def check_before_start(args, device, held):
     if args.teacher_epochs:  # what is wrong with the student's run is told before the teacher's
         flags = {name: value for name, value in asdict(args).items() if value is not None and name not in IRRELEVANT}
         check_same_command(args, read(args.checkpoint), flags)
-        read_splits(args)
-        unmade = replace(args, teacher_epochs=0, teacher_learning_rate=Config.teacher_learning_rate)
-        with contextlib.redirect_stdout(io.StringIO()):
-            read_student(unmade, ["0", "1"])
+        _, class_names = read_splits(args)
+        read_student(args, args.teacher_id, class_names)
     if not args.hub_model_id:
         return None
     with as_user_error(f"cannot create {args.hub_model_id} on the Hub, by HF_TOKEN or the login of 'hf auth login'"):
@@ -1354,18 +1290,17 @@ def check_before_start(args, device, held):
 
 def settle(args, splits):
     """The flags with what the data decides: the temperature if it is not given, and --best_by."""
-    taught = args.alpha < 1 or splits["train"].labeled
+    taught = args.alpha < 1 or (splits["train"].labels != NO_LABEL).any()
     check(taught, "--alpha 1 leaves the teacher out, but the training split has no labels")
     answers = splits["train"].teacher_logits
     zeros = answers is not None and (answers == data.LOG_ZERO).any()
     if zeros and (args.temperature or 1) > 1:  # one-hot over 54 classes becomes 0.65 at T = 4
         say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1")
-    best_by = args.best_by if args.best_by == "loss" or splits["eval"].labeled else "agreement"
-    if best_by != args.best_by:
-        say("without labels the best epoch is that of most agreement with the teacher")
-    if best_by == "agreement" and args.teacher_column and splits["eval"].teacher_logits is None:
+    best_by = "agreement" if NO_LABEL in splits["eval"].labels and args.best_by != "loss" else args.best_by
+    if best_by == "agreement" and args.teacher_id is None and splits["eval"].teacher_logits is None:
         best_by = "accuracy"
-        say("without answers on eval the best epoch is that of best accuracy")
+    if best_by != args.best_by:
+        say(f"eval cannot be scored by {args.best_by}: the best epoch is that of best {best_by}")
     return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
 
 

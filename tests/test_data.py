@@ -1598,8 +1598,8 @@ def with_specials(reviews, count=3):
     return texts
 
 
-@pytest.mark.parametrize(("given", "limit", "said"), [(16, 16, "--max_length"), (512, 20, "the teacher")])
-def test_a_student_is_served_as_it_was_trained(save_as, write_csv, reviews, tmp_path, capsys, given, limit, said):
+@pytest.mark.parametrize(("given", "limit"), [(16, 16), (512, 20)])
+def test_a_student_is_served_as_it_was_trained(save_as, write_csv, reviews, tmp_path, capsys, given, limit):
     """Special tokens in the text and the limit of the training: the same scores from the saved folder."""
     texts, labels = with_specials(reviews[:90]), ["negative", "positive"] * 45
     for name, rows in (("train", slice(60)), ("validation", slice(60, 90))):
@@ -1625,7 +1625,7 @@ def test_a_student_is_served_as_it_was_trained(save_as, write_csv, reviews, tmp_
     for row, logits in zip(rows, (as_served(teacher, texts[60:]), served["student"]), strict=True):  # each by its limit
         assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), abs=1e-5)
     printed = capsys.readouterr().out
-    assert f"texts cut at {limit} tokens, by {said}: " in printed
+    assert f"texts cut at {limit} tokens, the least of " in printed
     assert "special tokens of the student: 20 of 60 train, 10 of 30 eval" in printed
 
 
