@@ -419,19 +419,23 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=args.precision == "fp16")
 
-    # What a checkpoint holds: these values, and the state of these parts.
-    VALUES = ("step", "seconds", "epoch_loss", "best_row", "best_weights")
-    PARTS = ("model", "optimizer", "scaler")
-
     def state_dict(self):
-        values = {name: getattr(self, name) for name in self.VALUES}
-        return values | {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "epoch_loss": self.epoch_loss,
+            "best_row": self.best_row,
+            "best_weights": self.best_weights,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state):
-        for name in self.VALUES:
+        for name in ("step", "seconds", "epoch_loss", "best_row", "best_weights"):
             setattr(self, name, state[name])
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+        for part in ("model", "optimizer", "scaler"):
+            getattr(self, part).load_state_dict(state[part])
 
     def keep_if_best(self, row, best_by):
         """Whether a row ends an epoch whose scores are better than all before; the weights are then kept."""
