@@ -1304,7 +1304,8 @@ def settle(args, splits):
     if best_by == "agreement" and args.teacher_id is None and splits["eval"].teacher_logits is None:
         best_by = "accuracy"
     if best_by != args.best_by:
-        say(f"eval cannot be scored by {args.best_by}: the best epoch is that of best {best_by}")
+        lacking = "labels" if best_by == "agreement" else "answers"
+        say(f"eval has no {lacking}: the best epoch is that of best {best_by}")
     return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
 
 
