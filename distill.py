@@ -82,7 +82,7 @@ class Config:
     teacher_learning_rate: float = flag(5e-5, "peak, for --teacher_epochs", above=0)
     cache_teacher: bool = flag(True, "label once; false: run the teacher in every training step")
     alpha: float = flag(0.5, "weight of the true labels; 1 is plain fine-tuning", at_least=0, at_most=1)
-    temperature: float = flag(None, "softens both distributions; by default 4, or 1 with hard answers", above=0)
+    temperature: float = flag(None, "softens both distributions; by default 4, or 1 where an answer is 0", above=0)
     # Optimization
     epochs: int = flag(7, "passes over the training split", at_least=1)
     batch_size: int = flag(128, "examples per step, over all processes; of --teacher_epochs too", at_least=1)
@@ -116,6 +116,8 @@ class Config:
         check(self.hub_model_id or not self.hub_private, "--hub_private needs --hub_model_id")
         own_rate = self.teacher_learning_rate not in (Config.teacher_learning_rate, DEMO["teacher_learning_rate"])
         check(self.teacher_epochs or not own_rate, "--teacher_learning_rate needs --teacher_epochs")
+        made = self.teacher_epochs and self.label_column == "none"
+        check(not made, "--teacher_epochs learns from labels, but --label_column is none")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
             flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo"
@@ -213,6 +215,7 @@ def fine_tune_teacher(args, device):
     changes = {name: getattr(Config, name) for name in reset}  # the student's flags have no part in it
     changes |= {"teacher_id": None, "student_id": args.teacher_id, "alpha": 1.0}
     changes |= {"epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate}
+    changes |= {"best_by": "accuracy"} if args.best_by == "agreement" else {}
     run(replace(args, **changes, output_dir=args.teacher, checkpoint_dir=args.teacher), device)
 
 
@@ -977,7 +980,7 @@ def write(value, path):
 
 
 def read(path):
-    """What write() has written; None if there is no such file."""
+    """A file's content; None if there is no such file."""
     if not path.exists():
         return None
     with as_user_error(f"{path} is damaged, delete it to start over"):
@@ -1011,7 +1014,7 @@ def save_model(folder, model, tokenizer):
 
 # --- Processes, device, precision ------------------------------------------------------------------------------------
 
-DOWNLOADS = datetime.timedelta(hours=2)  # how long ranks wait while rank 0 downloads and tokenizes
+DOWNLOADS = datetime.timedelta(hours=2)  # how long ranks wait while rank 0 downloads, tokenizes or pushes
 
 
 @contextlib.contextmanager
@@ -1300,11 +1303,12 @@ def settle(args, splits):
     zeros = answers is not None and (answers == data.LOG_ZERO).any()
     if zeros and (args.temperature or 1) > 1:  # one-hot over 54 classes becomes 0.65 at T = 4
         say(f"warning: --temperature {args.temperature:g} raises answers of 0: leave it out, and it is 1")
-    best_by = "agreement" if NO_LABEL in splits["eval"].labels and args.best_by != "loss" else args.best_by
-    if best_by == "agreement" and args.teacher_id is None and splits["eval"].teacher_logits is None:
-        best_by = "accuracy"
-    if best_by != args.best_by:
-        lacking = "labels" if best_by == "agreement" else "answers"
+    scored, best_by, lacking = splits["eval"], args.best_by, None
+    if NO_LABEL in scored.labels and best_by in ("accuracy", "macro_f1"):
+        best_by, lacking = "agreement", "labels"
+    elif best_by == "agreement" and args.teacher_id is None and scored.teacher_logits is None:
+        best_by, lacking = "accuracy", "answers"
+    if lacking:
         say(f"eval has no {lacking}: the best epoch is that of best {best_by}")
     return replace(args, temperature=args.temperature or (1.0 if zeros else 4.0), best_by=best_by)
 

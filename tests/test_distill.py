@@ -2073,7 +2073,7 @@ def test_what_does_not_go_with_a_column(column_command, reviews, flags, message,
 
 
 def test_a_teacher_is_not_fine_tuned_without_labels(command, capsys):
-    assert "has no column 'none'" in refused(command("run", label_column="none", teacher_epochs=1), capsys)
+    assert "but --label_column is none" in refused(command("run", label_column="none", teacher_epochs=1), capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
