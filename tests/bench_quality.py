@@ -463,7 +463,7 @@ def draw():
 def draw_cascades():
     """Draw imgs/cascade.svg: the share of test texts that students answer alone, against what is promised."""
     text, columns = REPORT.read_text(encoding="utf-8"), [f"alone at {promise:.0%}" for promise in PROMISES]
-    titles = [TABLES[name][0] for name in ("demo", "sst2-readme") if f"## {TABLES[name][0]}\n" in text]
+    titles = [TABLES[name][0] for name in ("demo", "sst2-readme", "trec") if f"## {TABLES[name][0]}\n" in text]
     colors = (bench_speed.GRAY, bench_speed.OCHER, bench_speed.BLUE, bench_speed.RED)
     if not titles:
         return
