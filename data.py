@@ -340,7 +340,7 @@ def check_scored(splits, split_names, class_names):
             print(f"warning: {where} has examples of only {count} of the {len(class_names)} classes")
         copies = sum(key in learned for key in keys[role])
         if copies:
-            print(f"warning: {copies:,} of the {len(labels):,} texts in {where} are in the training split too")
+            print(f"warning: {copies:,} of {len(labels):,} texts in {where} are in the training split too, and stay")
 
 
 def load_unlabeled(splits, dataset_id, dataset_config=None, split_name="train", teacher_columns=(), class_names=None):

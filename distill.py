@@ -63,7 +63,7 @@ class Config:
     # Models
     teacher_id: str = flag("textattack/bert-base-uncased-SST-2", "Hub id or local folder")
     teacher_column: list = flag(None, "instead of teacher_id: the column of its answers, or C of them, comma-separated")
-    student_id: str = flag("google/bert_uncased_L-2_H-128_A-2", "or 'teacher', to start from the teacher's weights")
+    student_id: str = flag("google/bert_uncased_L-2_H-128_A-2", "or 'teacher', to start from its weights, or 'demo'")
     student_layers: int = flag(None, "keep N layers of student_id, evenly spaced; all by default", at_least=1)
     # Data
     dataset_id: str = flag("nyu-mll/glue", "Hub id, or local folder or file (csv, tsv, json, jsonl, parquet)")
@@ -120,7 +120,7 @@ class Config:
         check(not made, "--teacher_epochs learns from labels, but --label_column is none")
         if self.teacher_column:
             given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
-            flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo"
+            flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo (see README)"
             check(not given and self.student_id != "teacher", f"--teacher_column takes the place of {flags}")
             self.teacher_id = None
         if self.dataset_id == "nyu-mll/glue" and self.dataset_config is None:
@@ -738,7 +738,8 @@ def report(args, results):
         say(f"seldom or never answered on eval: {data.listed(seldom)}\n")
     needs_teacher = args.unlabeled_id or args.n_trials or args.hub_model_id or not results["examples"]["train"]
     if args.alpha < 1 and not needs_teacher:
-        say(f"the same without a teacher, to compare: --alpha 1 --output_dir {args.output_dir}-alone\n")
+        made = f" --teacher_epochs 0 --teacher_id {args.teacher}" if args.teacher_epochs else ""
+        say(f"the same without a teacher, to compare: add --alpha 1 --output_dir {args.output_dir}-alone{made}\n")
     if args.hub_model_id:
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
             # Not results.json, whose arguments name folders of this machine.

@@ -217,6 +217,7 @@ def write_words(title, splits, command):
         row[f"{role} accuracy %"] = f"{100 * distill.score(found[role], splits[role].labels)['accuracy']:.2f}"
     examples = ", ".join(f"{len(splits[role]):,} {role}" for role in ("train", "eval", "test"))
     report = f"{distill.table([row])}\n\n- {examples} examples. {datetime.date.today()}: {command}\n"
+    print(report)
     bench_speed.write_section(REPORT, f"Counting words: {title}", report)
 
 

@@ -461,7 +461,7 @@ def test_eval_is_compared_with_training(write_csv, tmp_path, capsys):
     write_csv("set/validation.csv", [("Text  1", "class 1"), ("text\u200b 2", "class 2"), ("text 3!", "class 1")])
     data.load_splits(str(tmp_path / "set"))
     out = capsys.readouterr().out
-    assert "2 of the 3 texts in split 'validation' are in the training split too" in out
+    assert "2 of 3 texts in split 'validation' are in the training split too, and stay" in out
     assert "split 'validation' has examples of only 2 of the 5 classes" in out
     write_csv("set/validation.csv", [(f"new {i}", f"class {i}") for i in range(3)])
     data.load_splits(str(tmp_path / "set"))
