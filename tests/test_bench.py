@@ -710,6 +710,9 @@ def test_errors_are_one_line_and_exit_code_2(fails, save_tiny, reviews_folder, w
     assert "the classes sport, politics, not negative, positive" in fails(*small, "--student_id", other)
     three = save_tiny("three", classes=("a", "b", "c"))
     assert "the classes a, b, c" in fails(*small, "--student_id", three, "--dataset_id", reviews_folder)
+    config = Path(other, "config.json")
+    config.write_text(config.read_text().replace('"1": "politics"', '"2": "politics"'))
+    assert "id2label" in fails(*small, "--student_id", other)
     assert "64 tokens at most" in fails("--teacher_id", model, "--length", 65)
     for length in ("2", "x", "real"):
         assert "--length: from 3, or real with --dataset_id" in fails("--teacher_id", model, "--length", length)

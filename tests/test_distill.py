@@ -2076,6 +2076,24 @@ def test_a_teacher_is_not_fine_tuned_without_labels(command, capsys):
     assert "but --label_column is none" in refused(command("run", label_column="none", teacher_epochs=1), capsys)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"teacher_epochs": 1, "teacher_learning_rate": 3e-5, "student_id": "teacher"},
+        {"teacher_epochs": 1, "cache_teacher": "false"},
+        {"best_by": "agreement"},
+    ],
+)
+def test_the_flags_of_a_run_without_a_teacher_can_be_added(command, capsys, flags):
+    words = command("run", **flags)
+    folder = run(words) + "-alone"
+    added = re.search("to compare: add (.*)", capsys.readouterr().out)[1].split()
+    run([*words, *added])
+    out = capsys.readouterr().out
+    assert results(folder)["arguments"]["alpha"] == 1
+    assert "fine-tuned first" not in out and "eval agreement" in out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With the packages alone that a run needs: of requirements.txt the SageMaker SDK brings 130 others
 
