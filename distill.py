@@ -107,21 +107,9 @@ class Config:
     hf_token_secret: str = flag(None, "in a job on AWS: the Secrets Manager secret that is the token")
 
     def __post_init__(self):
-        unlabeled = self.unlabeled_id is not None
         self.uses_teacher = self.alpha < 1 or self.n_trials > 0  # in training; a search sets alpha itself
-        check(self.uses_teacher or not unlabeled, "--alpha 1 leaves out the teacher, who is to label --unlabeled_id")
-        check(not self.n_trials or self.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
-        check(unlabeled or not self.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
-        check(unlabeled or self.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
-        check(self.hub_model_id or not self.hub_private, "--hub_private needs --hub_model_id")
-        own_rate = self.teacher_learning_rate not in (Config.teacher_learning_rate, DEMO["teacher_learning_rate"])
-        check(self.teacher_epochs or not own_rate, "--teacher_learning_rate needs --teacher_epochs")
-        made = self.teacher_epochs and self.label_column == "none"
-        check(not made, "--teacher_epochs learns from labels, but --label_column is none")
+        check_flags(self)
         if self.teacher_column:
-            given = self.teacher_id not in (None, Config.teacher_id) or self.teacher_epochs or not self.cache_teacher
-            flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo (see README)"
-            check(not given and self.student_id != "teacher", f"--teacher_column takes the place of {flags}")
             self.teacher_id = None
         if self.dataset_id == "nyu-mll/glue" and self.dataset_config is None:
             self.dataset_config = "sst2"
@@ -1253,6 +1241,24 @@ def true_or_false(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
     return text.lower() == "true"
+
+
+def check_flags(args):
+    """Raise UserError for flags that contradict each other, or that would be ignored."""
+    unlabeled = args.unlabeled_id is not None
+    check(args.uses_teacher or not unlabeled, "--alpha 1 leaves out the teacher, who is to label --unlabeled_id")
+    check(not args.n_trials or args.cache_teacher, "--n_trials trains on cached labels: leave out --cache_teacher")
+    check(unlabeled or not args.unlabeled_config, "--unlabeled_config needs --unlabeled_id")
+    check(unlabeled or args.unlabeled_split == "train", "--unlabeled_split needs --unlabeled_id")
+    check(args.hub_model_id or not args.hub_private, "--hub_private needs --hub_model_id")
+    own_rate = args.teacher_learning_rate not in (Config.teacher_learning_rate, DEMO["teacher_learning_rate"])
+    check(args.teacher_epochs or not own_rate, "--teacher_learning_rate needs --teacher_epochs")
+    made = args.teacher_epochs and args.label_column == "none"
+    check(not made, "--teacher_epochs learns from labels, but --label_column is none")
+    if args.teacher_column:
+        given = args.teacher_id not in (None, Config.teacher_id) or args.teacher_epochs or not args.cache_teacher
+        flags = "--teacher_id, --teacher_epochs, --cache_teacher, --student_id teacher and --demo (see README)"
+        check(not given and args.student_id != "teacher", f"--teacher_column takes the place of {flags}")
 
 
 def check_before_start(args, device, held):

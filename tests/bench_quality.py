@@ -5,6 +5,7 @@
     python tests/bench_quality.py --table sst2-readme --folder FOLDER  # README's rows alone
     python tests/bench_quality.py --table trec --folder FOLDER  # of six classes of questions
     python tests/bench_quality.py --table classes      # 54 classes: 12,000 labels and more text (Debian or Ubuntu)
+    python tests/bench_quality.py --table classes-readme  # README's rows alone
     python tests/bench_quality.py --table classes-all  # the same with all labels
 
 Every figure is a run of distill.py, kept in outputs/quality: started again, this script makes only the runs that are
@@ -108,7 +109,7 @@ ROWS = {
     "few-little": ("labels and teacher (alpha 0.1, T 2)", {**FEW, "alpha": 0.1, "temperature": 2.0}, 3),
     "few-taught": ("teacher alone (alpha 0, T 2)", {**FEW, **TEACHER_ALONE}, 3),
     "few-sentences": ("teacher alone (alpha 0, T 2) on 30,000 sentences", ON_SENTENCES, 3),
-    "few-more": ("teacher alone (alpha 0, T 2) on 41,165 descriptions", ON_DESCRIPTIONS, 5),
+    "few-more": ("teacher alone (alpha 0, T 2) on the other descriptions", ON_DESCRIPTIONS, 5),
     "all-alone": ("labels alone (alpha 1)", {**ALL, "alpha": 1.0}, 3),
     "all-both": ("labels and teacher (alpha 0.5, T 4)", ALL, 3),
 }
@@ -119,6 +120,7 @@ TABLES = {  # name -> (title, teacher, rows), of which the first is the control
     "sst2-readme": ("SST-2, README's rows", f"{SST2_TEACHER}-5e-5", "sst2-alone sst2-both sst2-text"),
     "trec": ("Six classes of questions (TREC)", TREC_TEACHER, "trec-alone trec-both"),
     "classes": ("54 classes (Debian)", FEW_TEACHER, CLASSES_ROWS),
+    "classes-readme": ("54 classes (Debian), README's rows", FEW_TEACHER, "few-alone few-both few-more"),
     "classes-all": ("54 classes (Debian), all labels", ALL_TEACHER, "all-alone all-both"),
 }
 
@@ -464,22 +466,28 @@ def draw():
 def draw_cascades():
     """Draw imgs/cascade.svg: the share of test texts that students answer alone, against what is promised."""
     text, columns = REPORT.read_text(encoding="utf-8"), [f"alone at {promise:.0%}" for promise in PROMISES]
-    titles = [TABLES[name][0] for name in ("demo", "sst2-readme", "trec") if f"## {TABLES[name][0]}\n" in text]
-    colors = (bench_speed.GRAY, bench_speed.OCHER, bench_speed.BLUE, bench_speed.RED)
+    names = ("sst2-readme", "demo", "classes-readme", "trec")
+    titles = [TABLES[name][0] for name in names if f"## {TABLES[name][0]}\n" in text]
+    colors = {"labels alone": bench_speed.GRAY, "labels and teacher": bench_speed.OCHER}
+    colors |= {"teacher alone, on more text": bench_speed.BLUE, "counting words": bench_speed.RED}
     if not titles:
         return
-    with bench_speed.picture("cascade", columns=len(titles)) as panels:
+    with bench_speed.picture("cascade", columns=len(titles), height=3.6) as panels:
+        first = np.ravel(panels)[0]
         for axes, title in zip(np.ravel(panels), titles, strict=True):
-            rows = bench_speed.read_table(text.partition(f"## {title}\n")[2], *columns)
-            for row, color in zip(rows, colors, strict=False):
+            for row in bench_speed.read_table(text.partition(f"## {title}\n")[2], *columns):
                 shares = [[*map(float, row[column].split(" ± ")), 0][:2] for column in columns]
-                style = {"fmt": "o-", "color": color, "linewidth": 2.5, "markersize": 5, "capsize": 4, "clip_on": False}
                 name = re.sub(r" \(.*?\)", "", row["student"])
-                axes.errorbar(columns, *zip(*shares, strict=True), label=name, **style)
-            axes.set(ylim=(0, 100), title=title.partition(",")[0], xticks=range(3), xlabel="promised agreement %")
-            axes.set_xticklabels([f"{100 * promise:.0f}" for promise in PROMISES])
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=9.5)
-        np.ravel(panels)[0].set_ylabel("answered alone, % of test")
+                name = {"teacher": "teacher alone, on more text", "TF-IDF": "counting words"}.get(name.split()[0], name)
+                style = {"fmt": "o-", "color": colors[name], "linewidth": 2.5, "markersize": 5, "capsize": 4}
+                axes.errorbar(columns, *zip(*shares, strict=True), label=name, clip_on=False, **style)
+            axes.set(ylim=(0, 100), xticks=range(3), xticklabels=[f"{100 * promise:.0f}" for promise in PROMISES])
+            axes.set_title(re.sub(r"^The |,.*|.*\(|\)", "", title), fontsize=12)
+            axes.tick_params(labelleft=axes is first)
+        first.set_ylabel("% answered alone")
+        first.figure.supxlabel("promised agreement with the teacher, % of all texts", fontsize=12)
+        lines = first.get_legend_handles_labels()
+        first.figure.legend(*lines, loc="outside upper center", ncols=2, frameon=False, fontsize=11)
 
 
 if __name__ == "__main__":
