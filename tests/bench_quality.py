@@ -89,7 +89,6 @@ SST2_TEXT = on_text(SENTENCES - HELD_OUT, 5, **SST2, **PATIENT)
 ROWS = {
     "alone": ("labels alone (alpha 1)", ALONE, 5),
     "some-teacher": on_text(27_296, 5),
-    "patient": on_text(SENTENCES - HELD_OUT, 5, **PATIENT),
     "both": ("labels and teacher (alpha 0.5, T 4)", {"epochs": 10}, 3),
     "sst2-alone": ("labels alone (alpha 1)", SST2_ALONE, 5),
     "sst2-both": ("labels and teacher (alpha 0.5, T 4)", {**SST2, "epochs": 4}, 3),
@@ -115,7 +114,7 @@ ROWS = {
 }
 CLASSES_ROWS = "few-alone few-patient few-both few-little few-taught few-sentences few-more"
 TABLES = {  # name -> (title, teacher, rows), of which the first is the control
-    "demo": ("The demo", TEACHER, "alone both some-teacher patient"),
+    "demo": ("The demo", TEACHER, "alone both some-teacher"),
     "sst2": ("SST-2", SST2_TEACHER, " ".join(name for name in ROWS if name.startswith("sst2-"))),
     "sst2-readme": ("SST-2, README's rows", f"{SST2_TEACHER}-5e-5", "sst2-alone sst2-both sst2-text"),
     "trec": ("Six classes of questions (TREC)", TREC_TEACHER, "trec-alone trec-both"),
