@@ -316,7 +316,7 @@ def test_readme_names_no_flag_and_no_figure_that_is_not_there(capsys):
     configs = (distill.Config, bench.Config, sm_launch.Launch)
     flags = {field.name for config in configs for field in dataclasses.fields(config)}
     readme = Path(ROOT, "README.md").read_text(encoding="utf-8")
-    others = {"help", "nproc_per_node", "table", "folder", "words"}  # argparse's, torchrun's, bench_quality's
+    others = {"help", "nproc_per_node", "table", "folder", "seeds", "words"}  # argparse's, torchrun's, bench_quality's
     assert set(re.findall(r"--(\w+)", readme.split("## The loss")[1])) <= flags | others
     measured = "".join(Path(ROOT, "tests", f"{name}.md").read_text(encoding="utf-8") for name in ("quality", "speed"))
     measured = re.sub(" +", " ", measured)  # a table's columns are padded
@@ -326,6 +326,10 @@ def test_readme_names_no_flag_and_no_figure_that_is_not_there(capsys):
         assert table[0].startswith(title) and len(table) == 2 + rows
         for cell in (cell.strip() for row in table[2:] for cell in row.strip("|").split("|")[first:]):
             assert f" {cell} |" in measured or f" {cell}: " in measured, cell
+    for title in ("The demo", "SST-2, README's rows", "54 classes (Debian), README's rows"):  # alone at 99%
+        table = measured.split(f"## {title}\n")[1].split("### Answered alone")[1].splitlines()
+        shares = [round(float(row.split(" | ")[3].partition(" ± ")[0])) for row in table[4:7]]
+        assert "{}, {} and {}%".format(*shares) in readme
 
 
 # --- the teacher and its labels --------------------------------------------------------------------------------------
