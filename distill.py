@@ -733,9 +733,13 @@ def report(args, results):
         say(f"the same without a teacher, to compare: add {flags}\n")
     if args.hub_model_id:
         with as_user_error(f"cannot push, repeat the command to try again; the student is safe in {args.output_dir}"):
-            # Not results.json, whose arguments name folders of this machine.
-            pushed = [*read(Path(args.output_dir, MODEL_FILES)), "README.md", "metrics.jsonl"]
-            huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, allow_patterns=pushed)
+            names, earlier, hub = read(Path(args.output_dir, MODEL_FILES)), [], huggingface_hub.HfApi()
+            if hub.file_exists(args.hub_model_id, MODEL_FILES):
+                earlier = read(Path(hub.hf_hub_download(args.hub_model_id, MODEL_FILES)))
+            # Not results.json, whose arguments name folders of this machine. As in save_model(), an earlier model goes.
+            pushed, gone = [*names, MODEL_FILES, "README.md", "metrics.jsonl"], sorted(set(earlier).difference(names))
+            where = {"repo_id": args.hub_model_id, "folder_path": args.output_dir}
+            hub.upload_folder(**where, allow_patterns=pushed, delete_patterns=gone or None)
         say(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.hub_model_id}")
     say(json.dumps({name: results[name] for name in ("teacher", "student", "seconds")}))
 

@@ -213,10 +213,13 @@ class Handler(BaseHTTPRequestHandler):
         self.check_push(self.hub.refuse_push)
         repo = self.repo(kind, repo_id, revision)
         changes = [json.loads(line) for line in self.body.splitlines()][1:]  # the first line is the commit message
-        if any(change["key"] != "file" for change in changes):
-            raise HubError(400, "The stand-in only takes added files")
+        if not {change["key"] for change in changes} <= {"file", "deletedFile"}:
+            raise HubError(400, "The stand-in takes added and deleted files")
         for change in changes:
             file = repo.folder / change["value"]["path"]
+            if change["key"] == "deletedFile":
+                file.unlink()
+                continue
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(base64.b64decode(change["value"]["content"]))
         oid = self.repo(kind, repo_id).commit

@@ -1127,7 +1127,9 @@ def test_the_published_command_line_and_a_push(hub, tmp_path, save_tiny, old_rep
 def pushing(hub, monkeypatch, tmp_path):
     """The stand-in, for runs in this process."""
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in (("ENDPOINT", hub.url), ("HUGGINGFACE_CO_URL_TEMPLATE", files)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     huggingface_hub.close_session()  # it has read the proxies' settings
@@ -1166,6 +1168,18 @@ def test_only_what_the_run_wrote_is_pushed(command, pushing, tmp_path, monkeypat
     pushed = set(os.listdir(pushing.folder / "models/me/student"))
     assert {"README.md", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json"} <= pushed
     assert not pushed & {*mine, "results.json"} and all((folder / name).read_text() == "mine" for name in mine)
+
+
+def test_another_student_on_the_hub_leaves_no_file_of_the_first(command, pushing, save_tiny):
+    repository = pushing.folder / "models/me/student"
+    run(command("here", hub_model_id="me/student", epochs=1))
+    listing = json.loads((repository / distill.MODEL_FILES).read_text())
+    for name in ("added_tokens.json", "notes.txt"):
+        (repository / name).write_text("{}")
+    (repository / distill.MODEL_FILES).write_text(json.dumps([*listing, "added_tokens.json"]))  # as if pushed with them
+    run(command("here", hub_model_id="me/student", epochs=1, student_id=save_tiny("other", seed=3)))
+    assert not (repository / "added_tokens.json").exists() and (repository / "notes.txt").exists()
+    assert {*listing, "README.md", "metrics.jsonl", distill.MODEL_FILES, "notes.txt"} == set(os.listdir(repository))
 
 
 def test_what_was_said_of_the_model_on_the_hub_stays(command, pushing):
