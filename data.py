@@ -290,7 +290,8 @@ def column_of(table, name):
     """A whole column as a pyarrow.ChunkedArray; unlike table.data, it respects a selection of rows."""
     column, feature = table.with_format("arrow")[:][name], table.features[name]
     if isinstance(feature, datasets.ClassLabel):  # by name, since splits may number their classes differently
-        return pa.array([None, *feature.names]).take(pc.add(column, 1))
+        with as_user_error(f"column '{name}' has ids beyond its {len(feature.names)} classes, -1 for none"):
+            return pa.array([None, *feature.names]).take(pc.add(column, 1))
     return column.cast(pa.string()) if column.type == "string_view" else column  # whose text pyarrow cannot search
 
 
@@ -319,10 +320,11 @@ def folded(name):
 
 def hold_out(split):
     """Draw a tenth of each class at random, but none where there are five examples or fewer."""
-    generator, drawn = np.random.default_rng(0), []  # not --seed: bench.py has to hold out the same
+    # Neither by --seed nor by the order of the classes: bench.py has to hold out the same.
+    rows, drawn = np.random.default_rng(0).permutation(len(split)), []
     for label in split.labels.unique():
-        rows = generator.permutation(np.flatnonzero(split.labels == label))
-        drawn.extend(rows[: round(len(rows) / 10)])
+        its = rows[split.labels[rows] == label]
+        drawn.extend(its[: round(len(its) / 10)])
     enough = len(split.labels[drawn].unique()) >= min(2, len(split.labels.unique()))
     check(enough, "too few examples to hold out a tenth: give a validation split, see --eval_split")
     print(f"a tenth, {len(drawn):,} examples, is held out as eval split")
@@ -338,8 +340,7 @@ def check_scored(splits, split_names, class_names):
         count = len(labels.unique())
         if NO_LABEL not in labels and 2 * count <= len(class_names):
             print(f"warning: {where} has examples of only {count} of the {len(class_names)} classes")
-        copies = sum(key in learned for key in keys[role])
-        if copies:
+        if copies := sum(key in learned for key in keys[role]):
             print(f"warning: {copies:,} of {len(labels):,} texts in {where} are in the training split too, and stay")
 
 
@@ -477,6 +478,7 @@ def read_answer(values, names):
 def as_logits(numbers, where):
     """What the numbers [N, C] are, NaN where a class is not named, and their logits: the whole column decides."""
     unnamed = np.isnan(numbers)
+    numbers[(numbers > -1e-6) & (numbers < 0)] = 0  # a probability's rounding error
     if (numbers < 0).any():
         row = unnamed.any(1).argmax() + 1
         check(not unnamed.any(), f"{where}, row {row}: logits, as some are below 0, but not of every class")
@@ -578,7 +580,13 @@ def find_files(path, dataset_config, name):
         others = [file for file in tables if file.stem.lower().startswith(tuple(stems)) and file not in files]
     else:
         how = {"path": str(path), "name": dataset_config}
-        builder = datasets.load_dataset_builder(**how)
+        try:
+            builder = datasets.load_dataset_builder(**how)
+        except ValueError as error:
+            known = any(re.search("|".join(stems), os.path.relpath(file, path).lower()) for file in tables)
+            several = "infer the same data file format" in str(error)
+            check(known or not several, f"Unknown split '{name}', there are {listed(file.name for file in tables)}")
+            raise
         splits = {str(split): sorted(map(Path, its)) for split, its in builder.config.data_files.items()}
         check(name in splits, f"Unknown split '{name}', there are {listed(splits)}: see --eval_split")
         files, taken = splits[name], {*chain(*splits.values())}
@@ -626,8 +634,7 @@ def why_unreadable(error, files, path, kind):
     if isinstance(error, UserError):
         return reason
     for file in files:
-        line = file.suffix.lower() == ".jsonl" and bad_line(file, read_json)
-        if line:
+        if line := file.suffix.lower() == ".jsonl" and bad_line(file, read_json):
             return f"line {line} of {file.name} is not JSON, or holds half an emoji"
     offline = "" if path.exists() else "; offline, give a local folder or file, or try --demo"
     return reason + (remedy(reason, path) or f"; check --{kind}_id, --{kind}_config and the splits{offline}")
@@ -748,10 +755,6 @@ class Tokens:
     def __len__(self):
         return len(self.lengths)
 
-    @property
-    def device(self):
-        return self.ids.device
-
     def tensors(self):
         return [tensor for tensor in (self.ids, self.offsets, self.type_ids) if tensor is not None]
 
@@ -774,15 +777,15 @@ class Tokens:
         (bool), unless there is no padding; token_type_ids, if there are any.
         """
         lengths = self.lengths[rows]
-        if self.device.type == "cuda":
+        if self.ids.device.type == "cuda":
             rows = rows.contiguous().pin_memory()  # a rank's are strided; the host need not wait then
-        rows = rows.to(self.device, non_blocking=True)
+        rows = rows.to(self.ids.device, non_blocking=True)
         longest = int(lengths.max())
         padded = int(lengths.min()) < longest
-        if padded and self.device.type == "cuda":  # attention kernels need mask rows of a multiple of 8
+        if padded and self.ids.device.type == "cuda":  # attention kernels need mask rows of a multiple of 8
             longest = min(math.ceil(longest / 8) * 8, self.max_length)
         starts, ends = self.offsets[rows, None], self.offsets[rows + 1, None]  # [B, 1]
-        places = torch.arange(longest, device=self.device)
+        places = torch.arange(longest, device=self.ids.device)
         positions = (ends - longest if self.pad_left else starts) + places  # [B, L]
         inside = positions >= starts if self.pad_left else positions < ends
         positions = positions.where(inside, 0)  # any valid position: its token is replaced by padding
@@ -792,9 +795,6 @@ class Tokens:
         if self.type_ids is not None:
             inputs["token_type_ids"] = self.type_ids[positions].long().where(inside, 0)
         return rows, inputs
-
-
-POOL = 100  # batches are sorted by length together; more would save little padding but mix less
 
 
 def training_batches(lengths, batch_size, seed, epoch):
@@ -807,8 +807,9 @@ def training_batches(lengths, batch_size, seed, epoch):
     rows = generator.permutation(len(lengths))
     count = math.ceil(len(rows) / batch_size)
     bounds = np.linspace(0, len(rows), count + 1).astype(int)
-    for start in range(0, count, POOL):
-        pool = rows[bounds[start] : bounds[min(start + POOL, count)]]  # a view: sorted in place
+    together = 100  # batches are sorted by length; more would save little padding but mix less
+    for start in range(0, count, together):
+        pool = rows[bounds[start] : bounds[min(start + together, count)]]  # a view: sorted in place
         pool[:] = pool[np.argsort(lengths.numpy()[pool], kind="stable")]
     batches = [torch.from_numpy(rows[bounds[i] : bounds[i + 1]]) for i in range(count)]
     return [batches[i] for i in generator.permutation(count)]
@@ -848,15 +849,11 @@ def load_model(model_id, classes=None, seed=0):
             config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
             config.problem_type = "single_label_classification"  # else a pipeline might answer with sigmoids
         torch.manual_seed(seed)  # of a new head's weights
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,  # as optimizers need it; autocast makes the half-precision copies
-            ignore_mismatched_sizes=classes is not None,
-            output_loading_info=True,
-            trust_remote_code=False,  # else transformers asks whether to run it, and waits
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        how = {"config": config, "trust_remote_code": False}  # else transformers asks whether to run it, and waits
+        # In float32, as optimizers need it; autocast makes the half-precision copies.
+        more = {"dtype": torch.float32, "ignore_mismatched_sizes": bool(classes), "output_loading_info": True}
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, **how, **more)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **how)
     except Exception as error:  # transformers, safetensors, tokenizers and pickle: each raises its own
         reason = one_line(error)
         if os.path.exists(f"{folder}/adapter_config.json"):
@@ -915,7 +912,7 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     check(not misfits, f"the weights of {model_id} do not fit its config.json: {listed(misfits)}")
     check(known, f"{model_id} has no usable tokenizer: it needs a tokenizer.json or vocab.txt and a padding token")
     check(fits, f"the tokenizer of {model_id} has more tokens than the model: they do not belong together")
-    wrapped = any(name.startswith(("module.", "_orig_mod.")) for name in report["unexpected_keys"])
+    wrapped = {name for name, _ in model.named_parameters() if name.startswith(encoder)} <= {*report["missing_keys"]}
     lost = [name for name in sorted(report["missing_keys"]) if name.startswith(encoder) or not classes]
     why = "not fine-tuned? see --teacher_epochs; or saved inside DDP or torch.compile? save what is inside"
     check(not lost or (classes and not wrapped), f"{model_id} is no finished model ({why}): it lacks {listed(lost)}")
@@ -946,7 +943,7 @@ def save_tokenizer(tokenizer, folder):
 
 def keep_layers(model, count):
     """A copy of the model with `count` of its layers, evenly spaced: 2 of 6 are the third and the last."""
-    config, total = copy.deepcopy(model.config), model.config.num_hidden_layers
+    config, total = copy.deepcopy(model.config), getattr(model.config, "num_hidden_layers", 0)
     check(count <= total, f"--student_layers {count}: the model has only {total} layers")
     # Of BART, T5 and ALBERT. In older transformers num_hidden_layers is not the same attribute as encoder_layers.
     names = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers", "num_hidden_groups")

@@ -259,7 +259,7 @@ def label_with_teacher(args, task, digest_of_teacher):
                 parts.append(logits)
         if found:
             say(f"teacher's labels for {role}: {found:,} of {len(all_tokens):,} found in {folder}")
-        task.splits[role].teacher_logits = torch.cat(parts).to(all_tokens.device)
+        task.splits[role].teacher_logits = torch.cat(parts).to(all_tokens.ids.device)
 
 
 def make_live_teacher(args, task):
@@ -269,7 +269,7 @@ def make_live_teacher(args, task):
 
     @torch.no_grad()
     def live_teacher(rows):
-        with autocast(tokens.device, args.precision):
+        with autocast(tokens.ids.device, args.precision):
             return forward(teacher, tokens.batch(rows)[1]).float()
 
     return live_teacher
@@ -281,7 +281,7 @@ def predict(model, tokens, precision, bar=None):
 
     Each rank computes its share of the batches, longest examples first; no example is computed twice.
     """
-    device, world_size = tokens.device, dist.get_world_size()
+    device, world_size = tokens.ids.device, dist.get_world_size()
     model.eval()
     unpadded = model.config.model_type in READ_PADDING
     batches = data.prediction_batches(tokens.lengths, PREDICTION_TOKENS[device.type], unpadded)

@@ -174,7 +174,7 @@ def test_a_single_file_is_scored_on_the_tenth_that_distill_held_out(run, write_c
         return splits, class_names
 
     monkeypatch.setattr(data, "load_splits", recording_load_splits)
-    names = {"classes": ("positive", "negative")}  # whose order decides which examples are drawn
+    names = {"classes": ("positive", "negative")}  # in another order than the data's
     models = ["--teacher_id", save_tiny("teacher", **names), "--student_id", save_tiny("student"), "--dataset_id", path]
     with distill.process_group(torch.device("cpu")):
         distill.read_task(distill.parse_args([*models, "--seed", "7"]))

@@ -296,6 +296,11 @@ def test_rows_whose_class_label_is_minus_one_are_left_out(tmp_path, capsys):
     line = refusal(str(tmp_path / "set"), split_names={"train": "train", "eval": "test"})
     assert re.search(r"label '-1' \(hidden, as in GLUE's test splits\) in .*test.parquet, row 1, does not occur", line)
     assert "is '-1': a classifier needs two" in refusal(str(tmp_path / "set"), split_names={"train": "test"})
+    for unknown in (-100, 2):  # which datasets would not write
+        table = pq.read_table(tmp_path / "set/validation.parquet")
+        table = table.set_column(1, table.schema.field("label"), pa.array([1, 0, unknown]))
+        pq.write_table(table, tmp_path / "set/validation.parquet")
+        assert "column 'label' has ids beyond its 2 classes" in refusal(str(tmp_path / "set"))
 
 
 def test_minus_one_is_a_class_where_it_is_trained_on(write_csv, tmp_path):
@@ -446,7 +451,8 @@ def test_of_a_single_file_a_tenth_of_each_class_is_held_out(write_csv, capsys):
     assert splits["train"].labels.bincount().tolist() == [54, 27, 4] and names == ["neg", "pos", "rare"]
     pairs = [zip(split.texts["text"], split.labels, strict=True) for split in splits.values()]
     assert sorted((text, names[label]) for text, label in (*pairs[0], *pairs[1])) == sorted(rows)
-    assert data.load_splits(path)[0]["eval"].texts[:] == splits["eval"].texts[:]
+    for order in (None, ["pos", "rare", "neg"]):  # bench.py's is its first model's
+        assert data.load_splits(path, teacher_classes=order)[0]["eval"].texts[:] == splits["eval"].texts[:]
     assert splits["eval"].texts["text"][:6] != [f"bad {i}" for i in range(6)]
     assert "too few examples to hold out" in refusal(write_csv("few.csv", rows[50:65]))
     sliced = {"train": "train[:90%]", "eval": "train[90%:]"}
@@ -454,6 +460,16 @@ def test_of_a_single_file_a_tenth_of_each_class_is_held_out(write_csv, capsys):
     assert re.search(r"every label in split 'train\[90%:\]' of .* is 'pos'", line)
     with_test = {"train": "train", "eval": "validation", "test": "test"}
     assert "Unknown split 'test': a file is one split" in refusal(path, split_names=with_test)
+
+
+@pytest.mark.parametrize("other", ["test.jsonl", "test.txt", "notes.txt"])
+def test_a_tenth_is_held_out_beside_a_file_of_another_format(write, write_csv, tmp_path, other, capsys):
+    write_csv("set/train.csv", [(f"{'bad' if i % 2 else 'good'} {i}", i % 2) for i in range(40)])
+    write(f"set/{other}", '{"text": "fine", "label": 1}\n')
+    assert len(data.load_splits(str(tmp_path / "set"))[0]["eval"]) == 4
+    assert "Unknown split 'tets', there are" in refusal(str(tmp_path / "set"), split_names={"train": "tets"})
+    write("set/validation-1.jsonl", '{"text": "fine", "label": 1}\n')
+    assert "file format" in refusal(str(tmp_path / "set"))
 
 
 def test_eval_is_compared_with_training(write_csv, tmp_path, capsys):
@@ -636,6 +652,11 @@ def test_hard_answers(answered, capsys, file, answers):
     assert ": hard answers, " in capsys.readouterr().out
     splits, _ = data.load_splits(answered(file, answers), None, TRAIN, ["text"], teacher_columns=["teacher"])
     assert (splits["train"].answers == data.LOG_ZERO).sum() == 4  # what distill.py finds zeros by
+
+
+def test_a_probability_may_be_a_little_below_0(answered):
+    rows = [[1 + 1e-7, -1e-7], [0.2, 0.8], [0.5, 0.5], [0.9, 0.1]]
+    expect(probabilities(answered("a.jsonl", rows)), [[1.0, 0.0], *rows[1:]])
 
 
 def test_hard_answers_of_a_class_label(tmp_path):
@@ -1420,7 +1441,7 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
     data.load_model(folder, ["negative", "positive"])
     assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
 
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "model.", "encoder."):
         save_weights({prefix + name: tensor for name, tensor in whole.items()}, folder)
         for class_names in (None, ["negative", "positive"]):
             with pytest.raises(UserError, match=r"saved inside DDP or torch.compile.* it lacks .*, bert.embeddings"):
