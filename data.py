@@ -466,7 +466,7 @@ def read_answer(values, names):
     elif isinstance(cell, dict):  # in Arrow every row has all keys
         answer = {spelled(name): float(number) for name, number in cell.items() if number is not None}
     else:
-        cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+        cell = folded(str(cell)) if re.fullmatch(WHOLE, str(cell)) else cell  # 1.0 is 1
         if isinstance(cell, float) or re.fullmatch(r"\s*-?\d*\.\d*[1-9]\d*\s*", str(cell)):
             raise TypeError("a number alone is no answer")
         answer = {} if cell is None or not str(cell).strip() else {spelled(cell): True}  # a class name alone
@@ -671,6 +671,9 @@ def read_csv(file):
         if len(fields) != len(rows[0]):
             todo = "save it as .csv, with quotes" if tsv else f"put quotes around texts that hold a '{separator}'"
             raise UserError(f"row {row} of {file.name} has {len(fields)} fields, the header {len(rows[0])}: {todo}")
+    doubled = (field[1:-1].count('""') for fields in rows for field in fields if field[:1] == field[-1:] == '"')
+    if tsv and any(doubled):
+        print(f"warning: {file.name} has texts in quotes, which a .tsv keeps: if they are not meant, save it as .csv")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0] if rows else [], 1)]
     return pa.table([pa.array(column[1:], pa.string()) for column in zip(*rows, strict=True)], names)
 
@@ -918,6 +921,9 @@ def check_loaded(model_id, model, tokenizer, report, classes):
     check(not lost or (classes and not wrapped), f"{model_id} is no finished model ({why}): it lacks {listed(lost)}")
     if lost:
         print(f"warning: {model_id} lacks weights, now random: {listed(lost)}")
+    beyond = sorted(name for name in report["unexpected_keys"] if re.match(rf"{encoder}.*\.\d+\.", name))
+    if beyond:
+        print(f"warning: the config.json of {model_id} leaves out weights: {listed(beyond)}")
 
 
 def longest_input(model):

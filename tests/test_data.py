@@ -96,6 +96,13 @@ def test_reads_a_folder(reviews_folder):
     assert names == ["negative", "positive"]
 
 
+def test_quotes_in_a_tsv_file_are_kept_with_a_word(write, capsys):
+    for text, said in (('"great film', ""), ('"great" film', ""), ('"a ""great"" film"', "has texts in quotes")):
+        assert read(write("a.tsv", f"text\tlabel\n{text}\t1\nbad\t0\n"))[0] == [text, "bad"]
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
+
+
 def test_class_names_are_sorted(write_csv):
     strings = write_csv("a.csv", [("x", "sport"), ("y", "arts"), ("z", "sport")])
     splits, names = data.load_splits(strings, split_names=TRAIN)
@@ -642,6 +649,7 @@ def test_the_longest_class_that_a_column_ends_in(answered):
     ("file", "answers"),
     [
         ("a.csv", ["yes", " No", "YES ", "no"]),
+        ("a.csv", ["1.0", "0.0", "1.0", "0"]),
         ("a.parquet", [1, 0, 1, 0]),
         ("a.parquet", [1.0, 0.0, 1.0, 0.0]),
         ("a.jsonl", ["LABEL_1", "LABEL_0", "LABEL_1", "LABEL_0"]),
@@ -1440,6 +1448,10 @@ def test_missing_weights_are_not_passed_over(save_tiny, capsys):
         data.load_model(folder)
     data.load_model(folder, ["negative", "positive"])
     assert re.search(r"warning: .* lacks weights.*: bert.encoder.layer.1.output.dense", capsys.readouterr().out)
+
+    save_weights({**whole, "bert.encoder.layer.2.output.dense.bias": torch.ones(2)}, folder)
+    data.load_model(folder)
+    assert "leaves out weights: bert.encoder.layer.2.output.dense.bias" in capsys.readouterr().out
 
     for prefix in ("module.", "_orig_mod.", "model.", "encoder."):
         save_weights({prefix + name: tensor for name, tensor in whole.items()}, folder)
